@@ -1,0 +1,175 @@
+package linearizability
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/anishathalye/porcupine"
+)
+
+var (
+	// ErrViolation says that no store could have given these answers.
+	ErrViolation = errors.New("linearizability: violation")
+	// ErrUndecided says that the search ran out of time. It is a failure: nothing has been proved.
+	ErrUndecided = errors.New("linearizability: undecided")
+	// ErrVacuous says that the history could hardly have shown a violation.
+	ErrVacuous = errors.New("linearizability: vacuous history")
+)
+
+// Window is a time in which something was broken on purpose, in readings of History.Now.
+type Window struct {
+	Fault    string // the kind of fault
+	From, To int64
+}
+
+// Config bounds a check.
+type Config struct {
+	Timeout time.Duration // of the search; 0 = 1 minute
+	Dir     string        // where a violation's picture goes; "" = the directory for temporary files
+	// OneOrder also checks the order between keys by revisions: right for a store in which every change has a
+	// revision of its own.
+	OneOrder bool
+}
+
+// Check returns nil if ops, in the order of their calls, are linearizable. A violation's error names the
+// picture that shows it.
+func Check(ops []Op, cfg Config) error {
+	if cfg.Timeout == 0 {
+		cfg.Timeout = time.Minute
+	}
+	var orderErr error
+	if cfg.OneOrder {
+		orderErr = checkRevisions(ops)
+	}
+	m, history := model(), operations(ops)
+	result := porcupine.CheckOperationsTimeout(m, history, cfg.Timeout)
+	if result == porcupine.Unknown && orderErr == nil {
+		return fmt.Errorf("%w after %v over %d operations", ErrUndecided, cfg.Timeout, len(ops))
+	}
+	if result != porcupine.Illegal && orderErr == nil {
+		return nil
+	}
+	err := orderErr
+	if result == porcupine.Illegal {
+		err = errors.Join(err, fmt.Errorf("%w: no order of the operations on some key explains the answers", ErrViolation))
+	}
+	_, info := porcupine.CheckOperationsVerbose(m, history, cfg.Timeout) // slower: keeps what the picture needs
+	return fmt.Errorf("%w\nshown in %s", err, picture(m, info, cfg.Dir))
+}
+
+// operations translates a history for the search. Reads without an answer say nothing, and serializable ones
+// need no place in the order. A write without an answer stays open, but not beyond the end of the first
+// operation that saw its value, by which it must have taken effect.
+func operations(ops []Op) []porcupine.Operation {
+	firstSeen := make(map[string]int64)
+	for _, op := range ops {
+		if !op.observes() || !op.Output.Seen.Found {
+			continue
+		}
+		id := op.Input.Key + "\x00" + op.Output.Seen.Value
+		if first, ok := firstSeen[id]; !ok || op.Return < first {
+			firstSeen[id] = op.Return
+		}
+	}
+	var out []porcupine.Operation
+	for _, op := range ops {
+		if op.Input.Kind == Stale || op.Input.Kind == Get && op.Output.Unknown {
+			continue
+		}
+		if seen, ok := firstSeen[op.Input.Key+"\x00"+op.Input.Value]; ok && op.Output.Unknown && op.Input.Value != "" {
+			op.Return = max(op.Call, min(op.Return, seen))
+		}
+		out = append(out, porcupine.Operation{ClientId: op.Client, Input: op.Input, Call: op.Call, Output: op.Output, Return: op.Return})
+	}
+	return out
+}
+
+func picture(m porcupine.Model, info porcupine.LinearizationInfo, dir string) string {
+	file, err := os.CreateTemp(dir, "linearizability-*.html")
+	if err != nil {
+		return "no picture: " + err.Error()
+	}
+	defer file.Close()
+	if err := porcupine.Visualize(m, info, file); err != nil {
+		return "no picture: " + err.Error()
+	}
+	return file.Name()
+}
+
+// Summary counts what a history holds.
+type Summary struct {
+	Operations, Unknown                       int
+	Puts, Swaps, RefusedSwaps, Deletes, Reads int            // answered; deletions and reads of something that was there
+	Overlaps                                  int            // adjacent operations on one key of which one changes it
+	ChangesDuring                             map[string]int // by kind of fault: changes that began and succeeded in it
+}
+
+// Summarize counts.
+func Summarize(ops []Op, windows []Window) Summary {
+	s := Summary{Operations: len(ops), ChangesDuring: make(map[string]int)}
+	latest := make(map[string]Op) // per key, the operation that returns last
+	for _, op := range ops {
+		s.count(op)
+		if before, ok := latest[op.Input.Key]; ok && before.Return > op.Call && (before.changes() || op.changes()) {
+			s.Overlaps++
+		}
+		if op.Return > latest[op.Input.Key].Return && !op.Output.Unknown {
+			latest[op.Input.Key] = op
+		}
+	}
+	for _, w := range windows {
+		s.ChangesDuring[w.Fault] += 0 // so that a kind without any is there
+		for _, op := range ops {
+			if op.changes() && op.Call > w.From && op.Return < w.To {
+				s.ChangesDuring[w.Fault]++
+			}
+		}
+	}
+	return s
+}
+
+func (s *Summary) count(op Op) {
+	if op.Output.Unknown {
+		s.Unknown++
+		return
+	}
+	switch op.Input.Kind {
+	case Put:
+		s.Puts++
+	case Swap:
+		if op.Output.Succeeded {
+			s.Swaps++
+		} else {
+			s.RefusedSwaps++
+		}
+	case Delete:
+		if op.Output.Deleted {
+			s.Deletes++
+		}
+	case Get:
+		if op.Output.Seen.Found {
+			s.Reads++
+		}
+	}
+}
+
+// Vacuous returns ErrVacuous, with the reason, if the history lacks overlap, some effect, or, for some kind of
+// fault, a change that succeeded while it lasted.
+func (s Summary) Vacuous() error {
+	for name, count := range map[string]int{
+		"overlapping operations": s.Overlaps, "puts": s.Puts, "successful swaps": s.Swaps, "refused swaps": s.RefusedSwaps,
+		"effective deletions": s.Deletes, "reads of a value": s.Reads,
+	} {
+		if count == 0 {
+			return fmt.Errorf("%w: no %s", ErrVacuous, name)
+		}
+	}
+	for fault, count := range s.ChangesDuring {
+		if count == 0 {
+			return fmt.Errorf("%w: no change succeeded during %s", ErrVacuous, fault)
+		}
+	}
+	return nil
+}
