@@ -129,3 +129,16 @@ func (h *History) Ops() []Op {
 	slices.SortStableFunc(ops, func(a, b Op) int { return int(a.Call - b.Call) })
 	return ops
 }
+
+// ChangesSince counts the changes that were asked for after a moment and have succeeded.
+func (h *History) ChangesSince(moment int64) int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	count := 0
+	for _, op := range h.ops {
+		if op.Call > moment && op.changes() {
+			count++
+		}
+	}
+	return count
+}
