@@ -1,0 +1,86 @@
+package fsm
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Config says how a store runs. Zero fields get the defaults named beside them; only Path is required.
+type Config struct {
+	// Path of the bbolt file. It is created if it does not exist; its directory must.
+	Path string
+
+	// Group and ClusterID are whose state this is. Open refuses a file of another group, or of another cluster if
+	// both ids are known; 0 is an unknown cluster.
+	Group     uint64
+	ClusterID uint64
+
+	Logger     *slog.Logger          // discards
+	Registerer prometheus.Registerer // nil leaves the metrics unregistered
+
+	// What has been applied is written to disk after FlushInterval (100 ms) or FlushBytes (4 MiB), whichever is
+	// first. Apply waits while more than MaxLagBytes (64 MiB) are not written yet.
+	FlushInterval time.Duration
+	FlushBytes    int64
+	MaxLagBytes   int64
+
+	// CompactionBatch (1000) keys are looked at, and ten times as many rows deleted, per step of a physical
+	// compaction; CompactionPause (10 ms) lies between steps.
+	CompactionBatch int
+	CompactionPause time.Duration
+
+	// InitialMmapBytes (8 GiB) of address space are mapped at once, so that growing the file up to there never
+	// waits for a long read.
+	InitialMmapBytes int
+
+	// NoSync leaves out fsync: a crash of the machine may then corrupt the file. For tests.
+	NoSync bool
+
+	faults faults
+}
+
+// faults are wrong turns that tests take to see that they are noticed.
+type faults struct {
+	stateNotWritten func() bool           // this flush leaves out the applied index
+	rowNotWritten   func(key []byte) bool // this flush leaves out the row
+	flushFails      func() error          // this flush fails
+	rowNotDeleted   func(key []byte) bool // this compaction leaves the row
+	outOfOrder      bool                  // compaction deletes newest rows first
+}
+
+func (c Config) withDefaults() Config {
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	setDefault(&c.FlushInterval, 100*time.Millisecond)
+	setDefault(&c.FlushBytes, 4<<20)
+	setDefault(&c.MaxLagBytes, 64<<20)
+	setDefault(&c.CompactionBatch, 1000)
+	setDefault(&c.CompactionPause, 10*time.Millisecond)
+	setDefault(&c.InitialMmapBytes, 8<<30)
+	return c
+}
+
+func setDefault[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+// Validate reports settings that cannot work.
+func (c Config) Validate() error {
+	switch {
+	case c.Path == "":
+		return errors.New("fsm: no path")
+	case c.FlushInterval < 0, c.FlushBytes < 0, c.MaxLagBytes < 0, c.CompactionBatch < 0, c.CompactionPause < 0, c.InitialMmapBytes < 0:
+		return errors.New("fsm: a negative interval or size")
+	case c.MaxLagBytes != 0 && c.FlushBytes > c.MaxLagBytes:
+		return fmt.Errorf("fsm: flush size %d is above the largest lag %d", c.FlushBytes, c.MaxLagBytes)
+	}
+	return nil
+}

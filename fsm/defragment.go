@@ -1,0 +1,138 @@
+package fsm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"go.etcd.io/bbolt"
+)
+
+// defragment is a request to the flusher.
+type defragment struct {
+	ctx  context.Context
+	done chan error
+}
+
+// defragmentSuffix names the new file while it is being written. A crash leaves it behind; it is never read.
+const defragmentSuffix = ".defragment.tmp"
+
+// Defragment rewrites the file without its free pages. Reads and writes go on; what is applied meanwhile waits in
+// memory, so that apply stalls if it goes beyond MaxLagBytes. On an error the old file stays in use.
+func (s *Store) Defragment(ctx context.Context) error {
+	d := &defragment{ctx: ctx, done: make(chan error, 1)}
+	select {
+	case s.defragments <- d:
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-s.stop.Done():
+		return ErrClosed
+	case <-s.failed:
+		return s.failure
+	}
+	return <-d.done
+}
+
+func (s *Store) defragment(ctx context.Context) (err error) {
+	defer catchCorruption(&err)()
+	old, path := s.db.Load(), s.config.Path+defragmentSuffix
+	if err := ownsPath(old, s.config.Path); err != nil {
+		return err
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	db, err := openDB(s.config, path)
+	if err != nil {
+		return err
+	}
+	err = copyDB(ctx, db, old)
+	if err == nil {
+		err = db.Sync()
+	}
+	if err == nil {
+		err = os.Rename(path, s.config.Path)
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("defragment: %w", err), db.Close(), os.Remove(path))
+	}
+	s.db.Store(db)
+	// Closing waits for reads that still use the old file; Close of the store waits for this.
+	s.background.Go(func() {
+		if err := old.Close(); err != nil {
+			s.config.Logger.Warn("cannot close the file from before defragmentation", "error", err)
+		}
+	})
+	if err := syncDir(filepath.Dir(s.config.Path)); err != nil {
+		s.failFlush(err)
+		return err
+	}
+	return nil
+}
+
+// ownsPath refuses to replace a file that has taken the place of the store's own.
+func ownsPath(db *bbolt.DB, path string) error {
+	at, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	var mine os.FileInfo
+	if err := db.View(func(tx *bbolt.Tx) error {
+		mine, err = os.Stat(tx.DB().Path())
+		return err
+	}); err != nil {
+		return err
+	}
+	if !os.SameFile(at, mine) {
+		return fmt.Errorf("%s is not this store's file any more", path)
+	}
+	return nil
+}
+
+// copyDB copies all buckets, in transactions of a bounded size, in the order in which rows append.
+func copyDB(ctx context.Context, to, from *bbolt.DB) error {
+	source, err := from.Begin(false)
+	if err != nil {
+		return err
+	}
+	defer rollback(source)
+	for _, name := range [][]byte{metaBucket, spaceBuckets[User], spaceBuckets[System]} {
+		cursor := source.Bucket(name).Cursor()
+		for k, v := cursor.First(); ; {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			err := to.Update(func(tx *bbolt.Tx) error {
+				bucket, err := tx.CreateBucketIfNotExists(name)
+				if err != nil {
+					return err
+				}
+				bucket.FillPercent = 0.9
+				for size := 0; k != nil && size < 4<<20; k, v = cursor.Next() {
+					if err := bucket.Put(k, v); err != nil {
+						return err
+					}
+					size += len(k) + len(v)
+				}
+				return nil
+			})
+			if err != nil {
+				return err
+			}
+			if k == nil {
+				break
+			}
+		}
+	}
+	return nil
+}
+
+func syncDir(path string) error {
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}

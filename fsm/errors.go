@@ -1,0 +1,63 @@
+package fsm
+
+import "errors"
+
+// Errors of single requests. The request changed nothing, on any replica.
+var (
+	// ErrCompacted: the revision asked for has been compacted.
+	ErrCompacted = errors.New("fsm: required revision has been compacted")
+	// ErrFutureRevision: the revision asked for is above the newest.
+	ErrFutureRevision = errors.New("fsm: required revision is a future revision")
+	// ErrKeyNotFound: a put with ignore_value or ignore_lease found no key to take them from.
+	ErrKeyNotFound = errors.New("fsm: key not found")
+	// ErrLeaseNotFound: a put named a lease that does not exist.
+	ErrLeaseNotFound = errors.New("fsm: requested lease not found")
+	// ErrStaleFloor: the entry's reserved revisions are not usable any more; propose the request again.
+	ErrStaleFloor = errors.New("fsm: reserved revisions are stale")
+	// ErrUnknownSpace: a read named a key space that does not exist.
+	ErrUnknownSpace = errors.New("fsm: unknown key space")
+	// ErrNotReadOnly: a transaction given to ReadTxn writes.
+	ErrNotReadOnly = errors.New("fsm: transaction is not read-only")
+)
+
+// Errors that end a store. They are returned by every later call that would change it or wait for a change.
+var (
+	// ErrMalformedEntry: an entry cannot be decoded.
+	ErrMalformedEntry = errors.New("fsm: malformed entry")
+	// ErrUnknownCommand: an entry has a version or a command that this version of kvd does not know.
+	ErrUnknownCommand = errors.New("fsm: unknown command")
+	// ErrCorruptState: the file contradicts itself.
+	ErrCorruptState = errors.New("fsm: corrupt state")
+	// ErrClosed: the store has been closed.
+	ErrClosed = errors.New("fsm: store is closed")
+)
+
+// Errors of Open, beside ErrCorruptState.
+var (
+	// ErrLocked: another process has the file open.
+	ErrLocked = errors.New("fsm: state file is in use by another process")
+	// ErrForeignState: the file belongs to another cluster or group.
+	ErrForeignState = errors.New("fsm: state belongs to another cluster or group")
+	// ErrUnknownFormat: the file was written by a newer version of kvd.
+	ErrUnknownFormat = errors.New("fsm: unknown state format")
+)
+
+// errorCode is how the outcome of a request enters the digest.
+func errorCode(err error) byte {
+	switch err {
+	case nil:
+		return 0
+	case ErrCompacted:
+		return 1
+	case ErrFutureRevision:
+		return 2
+	case ErrKeyNotFound:
+		return 3
+	case ErrLeaseNotFound:
+		return 4
+	case ErrStaleFloor:
+		return 5
+	default:
+		return 255
+	}
+}
