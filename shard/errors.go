@@ -1,0 +1,28 @@
+package shard
+
+import "errors"
+
+var (
+	// ErrNotLeader: this replica does not lead the group. The request is
+	// certainly not in the log; send it to the leader.
+	ErrNotLeader = errors.New("shard: not the leader")
+	// ErrNotProposed: the caller's context ended while the request was still
+	// queued. It is certainly not in the log.
+	ErrNotProposed = errors.New("shard: request was not proposed in time")
+	// ErrUnknownOutcome: the request was proposed and its fate is unknown: it
+	// may have been applied, or be applied later.
+	ErrUnknownOutcome = errors.New("shard: outcome of the request is unknown")
+	// ErrOverloaded: too many bytes wait to be proposed. The request is
+	// certainly not in the log; try again later.
+	ErrOverloaded = errors.New("shard: too many requests are waiting")
+	// ErrTooLarge: the request alone exceeds what one log entry may hold.
+	ErrTooLarge = errors.New("shard: request is too large")
+	// ErrClosed: the replica is closed.
+	ErrClosed = errors.New("shard: replica is closed")
+	// ErrLogGap: the log begins after the state's next entry (invariant I9).
+	ErrLogGap = errors.New("shard: log begins after the durable state's next entry")
+	// ErrBusy: another snapshot is being installed.
+	ErrBusy = errors.New("shard: a snapshot is already being installed")
+	// ErrNoTarget: no member can take over the leadership.
+	ErrNoTarget = errors.New("shard: no such voter to lead")
+)

@@ -1,0 +1,317 @@
+package shard
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"kvd/fsm"
+	"kvd/snapshot"
+)
+
+// life is one life of the raft instance: from Open, or from the installation
+// of a snapshot, to the next. Everything that refers to raft dies with it.
+type life struct {
+	r         *Replica
+	raft      *raft.Raft
+	transport Transport
+	state     *state
+	snapshots *snapshot.Store
+	proposer  *proposer
+	reads     *reads
+	tail      *tail
+
+	notify chan bool             // leadership gained or lost, from raft
+	role   atomic.Pointer[epoch] // this replica's leadership; nil = follower
+	halted atomic.Bool           // the state machine refused an entry
+
+	advancing atomic.Bool // a follower is being told of a commit
+
+	done     chan struct{}
+	stopOnce sync.Once
+	tasks    sync.WaitGroup
+}
+
+// epoch is one term of leadership of this replica.
+type epoch struct {
+	term    uint64        // known once serving
+	serving chan struct{} // closed when an own-term command is applied
+	over    chan struct{} // closed when the leadership is lost
+}
+
+func (e *epoch) isServing() bool {
+	select {
+	case <-e.serving:
+		return true
+	default:
+		return false
+	}
+}
+
+// startLife opens raft over the log and the given state. r.mu is held.
+func (r *Replica) startLife(st *state, bootstrap *raft.Configuration) error {
+	transport, err := r.cfg.NewTransport(r.install)
+	if err != nil {
+		return err
+	}
+	l := &life{
+		r: r, transport: transport, state: st,
+		snapshots: snapshot.NewStore(st.store, snapshot.Config{Logger: r.slog, Registerer: r.cfg.Registerer}),
+		notify:    make(chan bool, 64),
+		done:      make(chan struct{}),
+		tail:      newTail(r.cfg),
+	}
+	l.proposer = newProposer(l)
+	l.reads = newReads(l)
+
+	conf := r.raftConfig(l.notify)
+	if err := r.bootstrap(conf, l, bootstrap); err != nil {
+		return errors.Join(err, transport.Close())
+	}
+	l.raft, err = raft.NewRaft(conf, &machine{l: l}, r.log, r.log, l.snapshots, transport)
+	if err != nil {
+		return errors.Join(fmt.Errorf("shard: open raft: %w", err), transport.Close())
+	}
+	r.life.Store(l)
+	for _, task := range []func(){l.watchLeadership, l.watchObservations, l.proposer.run, l.proposer.complete, l.reads.run, l.watchDisk, l.watchTail} {
+		l.tasks.Go(task)
+	}
+	r.changed.fire()
+	return nil
+}
+
+func (r *Replica) raftConfig(notify chan bool) *raft.Config {
+	conf := raft.DefaultConfig()
+	conf.LocalID = r.cfg.Replica
+	conf.HeartbeatTimeout = r.cfg.HeartbeatTimeout
+	conf.ElectionTimeout = r.cfg.ElectionTimeout
+	conf.LeaderLeaseTimeout = r.cfg.HeartbeatTimeout / 2
+	conf.CommitTimeout = min(50*time.Millisecond, r.cfg.HeartbeatTimeout/10)
+	conf.BatchApplyCh = true
+	conf.MaxAppendEntries = 64
+	conf.NoSnapshotRestoreOnStart = true
+	conf.NoLegacyTelemetry = true
+	conf.ShutdownOnRemove = false
+	conf.TrailingLogs = r.cfg.TrailingEntries
+	conf.SnapshotThreshold = 1 << 62 // tail.go decides, by bytes as well
+	conf.SnapshotInterval = 365 * 24 * time.Hour
+	conf.NotifyCh = notify
+	conf.Logger = newRaftLogger(r.slog)
+	return conf
+}
+
+func (r *Replica) bootstrap(conf *raft.Config, l *life, first *raft.Configuration) error {
+	if first == nil {
+		return nil
+	}
+	existing, err := raft.HasExistingState(r.log, r.log, l.snapshots)
+	if err != nil || existing {
+		return err
+	}
+	if err := raft.BootstrapCluster(conf, r.log, r.log, l.snapshots, l.transport, *first); err != nil {
+		return fmt.Errorf("shard: bootstrap: %w", err)
+	}
+	return nil
+}
+
+func (l *life) stopped() bool {
+	select {
+	case <-l.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// context ends with this life.
+func (l *life) context() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.Background())
+	l.tasks.Go(func() {
+		select {
+		case <-l.done:
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	return ctx, cancel
+}
+
+// stop ends this life and returns when nothing of it runs any more. State and
+// log stay open.
+func (l *life) stop() {
+	l.stopOnce.Do(func() {
+		l.proposer.refuse()
+		_ = l.transport.Close()
+		// Raft forgets the futures of entries on their way to the state
+		// machine when it shuts down. Without a transport a leader steps down
+		// within its lease and answers them all, so wait for that first.
+		drained := l.proposer.drain(4 * l.r.cfg.HeartbeatTimeout)
+		_ = l.snapshots.Close()
+		_ = l.raft.Shutdown().Error()
+		close(l.done)
+		l.endEpoch()
+		if drained {
+			l.tasks.Wait()
+		}
+	})
+}
+
+// watchLeadership follows raft's notifications. Raft's main loop blocks on a
+// full channel, so nothing here waits.
+func (l *life) watchLeadership() {
+	for {
+		select {
+		case leads := <-l.notify:
+			l.endEpoch()
+			if leads {
+				e := &epoch{serving: make(chan struct{}), over: make(chan struct{})}
+				l.role.Store(e)
+				l.tasks.Go(func() { l.establish(e) })
+			}
+			l.r.changed.fire()
+		case <-l.done:
+			return
+		}
+	}
+}
+
+// endEpoch answers everything that waits for the leadership that is lost.
+func (l *life) endEpoch() {
+	if e := l.role.Swap(nil); e != nil {
+		close(e.over)
+		l.r.metrics.leaderChanges.Inc()
+	}
+	l.proposer.flush(ErrNotLeader)
+	l.reads.flush(ErrNotLeader)
+}
+
+// establish commits an empty command of the new term. Only when it is applied
+// does raft's commit index cover everything that earlier leaders acknowledged,
+// and only then does this replica serve.
+func (l *life) establish(e *epoch) {
+	if !l.proposer.begin() {
+		return
+	}
+	defer l.proposer.open.Done()
+	var b fsm.EntryBuilder
+	b.Add(fsm.Request{})
+	f := l.raft.Apply(b.Bytes(), 0)
+	if err := f.Error(); err != nil {
+		l.r.slog.Info("leadership was lost before it could serve", "error", err)
+		return
+	}
+	answer, ok := f.Response().(applied)
+	if !ok {
+		return // the state machine has halted
+	}
+	e.term = answer.term
+	close(e.serving)
+	l.proposer.kick()
+	l.r.changed.fire()
+	l.r.slog.Info("leading the group", "term", e.term)
+}
+
+// watchObservations wakes those who wait for a leader when raft sees one.
+func (l *life) watchObservations() {
+	ch := make(chan raft.Observation, 16)
+	observer := raft.NewObserver(ch, false, func(o *raft.Observation) bool {
+		_, ok := o.Data.(raft.LeaderObservation)
+		return ok
+	})
+	l.raft.RegisterObserver(observer)
+	defer l.raft.DeregisterObserver(observer)
+	l.r.changed.fire()
+	for {
+		select {
+		case <-ch:
+			l.r.changed.fire()
+		case <-l.done:
+			return
+		}
+	}
+}
+
+// serving waits until this replica leads and may serve, and returns the epoch.
+func (l *life) serving(ctx context.Context) (*epoch, error) {
+	e := l.role.Load()
+	if e == nil {
+		return nil, ErrNotLeader
+	}
+	select {
+	case <-e.serving:
+		return e, nil
+	case <-e.over:
+		return nil, ErrNotLeader
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%w: %w", ErrNotProposed, ctx.Err())
+	}
+}
+
+// state is a state machine that readers pin.
+type state struct {
+	store *fsm.Store
+
+	mu      sync.Mutex
+	refs    int
+	retired bool
+}
+
+func newState(store *fsm.Store) *state { return &state{store: store} }
+
+func (s *state) acquire() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.retired {
+		return false
+	}
+	s.refs++
+	return true
+}
+
+func (s *state) release() {
+	s.mu.Lock()
+	s.refs--
+	last := s.retired && s.refs == 0
+	s.mu.Unlock()
+	if last {
+		_ = s.store.Close()
+	}
+}
+
+// retire closes the state now, or when its last reader is done.
+func (s *state) retire() error {
+	s.mu.Lock()
+	s.retired = true
+	last := s.refs == 0
+	s.mu.Unlock()
+	if last {
+		return s.store.Close()
+	}
+	return nil
+}
+
+// broadcast wakes everyone who waits, once per fire.
+type broadcast struct {
+	mu sync.Mutex
+	ch chan struct{}
+}
+
+func (b *broadcast) init() { b.ch = make(chan struct{}) }
+
+func (b *broadcast) wait() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.ch
+}
+
+func (b *broadcast) fire() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	close(b.ch)
+	b.ch = make(chan struct{})
+}

@@ -1,0 +1,187 @@
+package shard
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// reads confirms for the leader's read indexes that this replica was still the
+// leader after each read arrived (docs/design.md section 5 rule 3).
+//
+// A read that arrived at t is confirmed when a quorum of the voters of raft's
+// latest configuration has answered, with success and in the term in which the
+// index was taken, an AppendEntries that was sent at t or later. All reads
+// share these answers; regular replication confirms for free, and an idle
+// leader is kicked into sending heartbeats.
+type reads struct {
+	l    *life
+	wake chan struct{} // capacity 1
+
+	mu      sync.Mutex
+	waiting []*read // in order of arrival
+	kicked  time.Time
+}
+
+type read struct {
+	since time.Time
+	epoch *epoch
+	done  chan error // capacity 1
+}
+
+// kickAgain bounds how long an unanswered kick holds the next one back.
+const kickAgain = 50 * time.Millisecond
+
+func newReads(l *life) *reads { return &reads{l: l, wake: make(chan struct{}, 1)} }
+
+// ReadIndex returns an index such that any state of the group that has applied
+// it answers linearizably for reads that began before this call. It must be
+// called on the leader; it waits for a new leader to become ready, and for a
+// quorum. It reads no clock of other nodes and trusts no lease.
+func (r *Replica) ReadIndex(ctx context.Context) (uint64, error) {
+	l := r.life.Load()
+	e, err := l.serving(ctx)
+	if err != nil {
+		return 0, err
+	}
+	start := time.Now()
+	// An own-term command is applied, so this covers every write that any
+	// leader acknowledged before now. It may exceed what is applied here.
+	index := l.raft.CommitIndex()
+	if r.cfg.Faults.ReadWithoutConfirmation {
+		return index, nil
+	}
+	if err := l.reads.confirm(ctx, e); err != nil {
+		return 0, err
+	}
+	r.metrics.confirmSeconds.Observe(time.Since(start).Seconds())
+	return index, nil
+}
+
+func (q *reads) confirm(ctx context.Context, e *epoch) error {
+	item := &read{since: time.Now(), epoch: e, done: make(chan error, 1)}
+	q.mu.Lock()
+	q.waiting = append(q.waiting, item)
+	q.mu.Unlock()
+	// The epoch may have ended, and its reads been flushed, just before.
+	if q.l.role.Load() != e {
+		return ErrNotLeader
+	}
+	select {
+	case q.wake <- struct{}{}:
+	default:
+	}
+	select {
+	case err := <-item.done:
+		return err
+	case <-e.over:
+		return ErrNotLeader
+	case <-ctx.Done():
+		return fmt.Errorf("%w: %w", ErrNotProposed, ctx.Err())
+	}
+}
+
+// run releases reads as answers come in.
+func (q *reads) run() {
+	retry := time.NewTimer(kickAgain)
+	defer retry.Stop()
+	for {
+		select {
+		case <-q.wake:
+		case <-q.l.transport.AckNotify():
+		case <-retry.C:
+		case <-q.l.done:
+			return
+		}
+		if q.release() {
+			q.l.raft.VerifyLeader() // only to make the heartbeats go out
+		}
+		if q.pending() {
+			retry.Reset(kickAgain)
+		}
+	}
+}
+
+func (q *reads) pending() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.waiting) > 0
+}
+
+// release answers the reads that are confirmed and reports whether those that
+// remain need heartbeats to be sent.
+func (q *reads) release() (kick bool) {
+	e := q.l.role.Load()
+	if e == nil || !q.pending() {
+		return false
+	}
+	confirmed := q.l.confirmedAt(e.term)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n := 0
+	for n < len(q.waiting) && !q.waiting[n].since.After(confirmed) {
+		if q.waiting[n].epoch == e {
+			q.waiting[n].done <- nil
+		} else {
+			q.waiting[n].done <- ErrNotLeader
+		}
+		n++
+	}
+	q.waiting = slices.Delete(q.waiting, 0, n)
+	if len(q.waiting) == 0 {
+		return false
+	}
+	// One kick is under way at a time; its answers release every read that
+	// came before it, and the reads that came later need another.
+	now := time.Now()
+	if confirmed.Before(q.kicked) && now.Sub(q.kicked) < kickAgain {
+		return false
+	}
+	q.kicked = now
+	return true
+}
+
+// confirmedAt is the latest moment at which a quorum of the voters is known to
+// have followed this replica in the given term.
+func (l *life) confirmedAt(term uint64) time.Time {
+	servers := l.raft.GetConfiguration().Configuration().Servers
+	var sent []time.Time // newest answered send of each voter
+	self := false
+	for _, s := range servers {
+		switch {
+		case s.Suffrage != raft.Voter:
+		case s.ID == l.r.cfg.Replica:
+			self = true
+		default:
+			sent = append(sent, l.transport.Acked(s.ID, term))
+		}
+	}
+	if self {
+		sent = append(sent, time.Now())
+	}
+	if len(sent) == 0 {
+		return time.Time{}
+	}
+	slices.SortFunc(sent, func(a, b time.Time) int { return b.Compare(a) })
+	// This replica's own vote counts only if it has not moved on meanwhile;
+	// terms never go back, so one look after the others' answers is enough.
+	if l.raft.State() != raft.Leader || l.raft.CurrentTerm() != term {
+		return time.Time{}
+	}
+	return sent[len(sent)/2]
+}
+
+// flush answers every waiting read.
+func (q *reads) flush(err error) {
+	q.mu.Lock()
+	waiting := q.waiting
+	q.waiting = nil
+	q.mu.Unlock()
+	for _, item := range waiting {
+		item.done <- err
+	}
+}

@@ -1,0 +1,302 @@
+// Package shard runs one replica of one Raft group on this node: it proposes
+// writes, confirms leadership for reads, installs snapshots and changes the
+// group's members. It knows nothing of strategies, keys or other groups.
+//
+// The paths follow docs/design.md: section 4 (writes), 5 (reads), 8
+// (snapshots) and 12 (the traps of hashicorp/raft and their guards).
+package shard
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"kvd/fsm"
+	"kvd/snapshot"
+)
+
+// Transport carries the messages of one replica and tells when peers answered.
+// A Transport serves one life of the raft instance and is closed with it.
+type Transport interface {
+	raft.Transport
+	raft.WithPreVote
+	raft.WithClose
+
+	// Acked is the SEND time of the latest AppendEntries that peer answered
+	// with success in exactly that term; zero if there is none.
+	Acked(peer raft.ServerID, term uint64) time.Time
+	// AckNotify is signalled (capacity 1) when an Acked value grows.
+	AckNotify() <-chan struct{}
+	// MatchIndex is the highest log index known to be on peer in that term.
+	MatchIndex(peer raft.ServerID, term uint64) uint64
+	// Suspend makes every outgoing message fail at once while it is true.
+	Suspend(bool)
+}
+
+// InstallFunc receives a snapshot that a leader streams to this replica.
+type InstallFunc func(context.Context, *raft.InstallSnapshotRequest, io.Reader) (*raft.InstallSnapshotResponse, error)
+
+// LogStore is the durable log and the votes of one replica. A StoreLogs that
+// has returned nil is durable.
+type LogStore interface {
+	raft.LogStore
+	raft.StableStore
+	// Reset empties the log and keeps term and vote.
+	Reset() error
+	// WriteStalled is how long the write in progress has been running.
+	WriteStalled() time.Duration
+	Close() error
+}
+
+// Config says what a replica is made of. The zero value of every duration and
+// bound means its default.
+type Config struct {
+	Group     uint64
+	ClusterID uint64
+	// Replica is `<node>/<number>`; never reused after its files are gone.
+	Replica raft.ServerID
+	// Dir holds state.db, and staged files while a snapshot arrives.
+	Dir string
+	// Bootstrap is the first configuration of a new group; nil for a replica
+	// that waits to be added. Ignored when the replica has state.
+	Bootstrap *raft.Configuration
+
+	// NewTransport makes the transport of the raft instance's next life.
+	NewTransport func(InstallFunc) (Transport, error)
+	// OpenLog opens the log; guard is the highest index that truncation of the
+	// log's beginning may delete.
+	OpenLog func(guard func() uint64) (LogStore, error)
+	// State tunes the state machine; Path, Group and ClusterID are filled in.
+	State fsm.Config
+
+	HeartbeatTimeout time.Duration // follower without contact starts an election; 1 s
+	ElectionTimeout  time.Duration // candidate without a result tries again; 1 s
+
+	MaxQueueBytes    int // proposals waiting; above it they are shed; 64 MiB
+	MaxBatchBytes    int // of one log entry; 1 MiB
+	MaxBatchRequests int // of one log entry; 1024
+	MaxInflight      int // entries proposed and not yet applied; 4
+
+	SnapshotEntries uint64 // log entries between truncations; 10,000
+	SnapshotBytes   int64  // log bytes between truncations; 256 MiB
+	TrailingEntries uint64 // entries kept for lagging followers; 5,000
+	TrailingBytes   int64  // bytes kept for lagging followers; 64 MiB
+
+	DiskStepDown time.Duration // a log write this slow silences the replica; 5 s
+	DiskFatal    time.Duration // a log write this slow ends the process; 30 s
+
+	// OnFatal is told, once, why this replica cannot go on. The process must
+	// end; the data on disk is as good as it was.
+	OnFatal    func(error)
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
+
+	// Faults are planted by tests to prove that the checkers see them.
+	Faults Faults
+}
+
+func setDefault[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+func (c *Config) setDefaults() {
+	setDefault(&c.HeartbeatTimeout, time.Second)
+	setDefault(&c.ElectionTimeout, max(time.Second, c.HeartbeatTimeout))
+	setDefault(&c.MaxQueueBytes, 64<<20)
+	setDefault(&c.MaxBatchBytes, 1<<20)
+	setDefault(&c.MaxBatchRequests, 1024)
+	setDefault(&c.MaxInflight, 4)
+	setDefault(&c.SnapshotEntries, 10_000)
+	setDefault(&c.SnapshotBytes, 256<<20)
+	setDefault(&c.TrailingEntries, 5_000)
+	setDefault(&c.TrailingBytes, 64<<20)
+	setDefault(&c.DiskStepDown, 5*time.Second)
+	setDefault(&c.DiskFatal, 30*time.Second)
+	if c.OnFatal == nil {
+		c.OnFatal = func(error) {}
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+}
+
+// Validate names the first field that cannot work.
+func (c *Config) Validate() error {
+	switch {
+	case c.Replica == "" || NodeOf(c.Replica) == "":
+		return fmt.Errorf("shard: replica id %q is not <node>/<number>", c.Replica)
+	case c.Dir == "":
+		return errors.New("shard: no directory")
+	case c.NewTransport == nil || c.OpenLog == nil:
+		return errors.New("shard: no transport or no log")
+	case c.HeartbeatTimeout > c.ElectionTimeout:
+		return fmt.Errorf("shard: heartbeat timeout %v exceeds election timeout %v", c.HeartbeatTimeout, c.ElectionTimeout)
+	}
+	return nil
+}
+
+// Replica is one replica of a group. All methods are safe for concurrent use.
+type Replica struct {
+	cfg     Config
+	log     LogStore
+	metrics *metrics
+	slog    *slog.Logger
+
+	installing sync.Mutex // held while a snapshot is staged and swapped in
+
+	mu     sync.Mutex // guards the change of life, and closed
+	closed bool
+	life   atomic.Pointer[life]
+
+	changed broadcast // leader, role or life changed
+	fatal   sync.Once
+}
+
+// Create makes the durable files of a replica that has never been opened, so
+// that their absence later means that they were lost.
+func Create(cfg Config) error {
+	r, store, err := open(cfg)
+	if err != nil {
+		return err
+	}
+	return errors.Join(r.log.Close(), store.Close())
+}
+
+// Open starts the replica in cfg.Dir, creating it if it is new. It returns
+// when the state is readable; catching up with the group goes on behind.
+func Open(cfg Config) (*Replica, error) {
+	r, store, err := open(cfg)
+	if err != nil {
+		return nil, err
+	}
+	r.metrics = newMetrics(r)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.startLife(newState(store), cfg.Bootstrap); err != nil {
+		r.metrics.unregister()
+		return nil, errors.Join(err, r.log.Close(), store.Close())
+	}
+	return r, nil
+}
+
+// open opens state and log and makes them fit each other, without raft.
+func open(cfg Config) (*Replica, *fsm.Store, error) {
+	cfg.setDefaults()
+	if err := cfg.Validate(); err != nil {
+		return nil, nil, err
+	}
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return nil, nil, fmt.Errorf("shard: create %s: %w", cfg.Dir, err)
+	}
+	if err := snapshot.Cleanup(cfg.Dir); err != nil {
+		return nil, nil, err
+	}
+	r := &Replica{cfg: cfg, slog: cfg.Logger.With("group", cfg.Group, "replica", string(cfg.Replica))}
+	r.changed.init()
+	store, err := r.openState(r.statePath())
+	if err != nil {
+		return nil, nil, err
+	}
+	if r.log, err = cfg.OpenLog(r.truncationGuard); err != nil {
+		return nil, nil, errors.Join(err, store.Close())
+	}
+	if err := r.repairLog(store); err != nil {
+		return nil, nil, errors.Join(err, r.log.Close(), store.Close())
+	}
+	return r, store, nil
+}
+
+// StateFile is the name of the state in a replica's directory.
+const StateFile = "state.db"
+
+func (r *Replica) statePath() string { return filepath.Join(r.cfg.Dir, StateFile) }
+
+func (r *Replica) openState(path string) (*fsm.Store, error) {
+	cfg := r.cfg.State
+	cfg.Path, cfg.Group, cfg.ClusterID = path, r.cfg.Group, r.cfg.ClusterID
+	cfg.Logger, cfg.Registerer = r.slog, r.cfg.Registerer
+	return fsm.Open(cfg)
+}
+
+// Close stops the replica: the transport first, so that no call into raft can
+// stall behind a dead peer, then raft, then state and log. Idempotent.
+func (r *Replica) Close() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return nil
+	}
+	r.closed = true
+	l := r.life.Load()
+	l.stop()
+	r.changed.fire()
+	r.metrics.unregister()
+	return errors.Join(l.state.retire(), r.log.Close())
+}
+
+// fail reports an error after which the replica must not go on.
+func (r *Replica) fail(err error) {
+	r.fatal.Do(func() {
+		r.slog.Error("replica halted", "error", err)
+		r.cfg.OnFatal(fmt.Errorf("group %d: %w", r.cfg.Group, err))
+	})
+}
+
+// AcquireState waits until this replica's state has applied minIndex and pins
+// it: the state stays readable until release is called, even if a snapshot
+// replaces it. release must be called exactly once.
+func (r *Replica) AcquireState(ctx context.Context, minIndex uint64) (_ *fsm.Store, release func(), _ error) {
+	for {
+		next := r.changed.wait()
+		l := r.life.Load()
+		if !l.state.acquire() {
+			if err := r.waitLife(ctx, l, next); err != nil {
+				return nil, nil, err
+			}
+			continue
+		}
+		err := l.state.store.WaitApplied(ctx, minIndex)
+		if err == nil {
+			return l.state.store, l.state.release, nil
+		}
+		l.state.release()
+		if ctx.Err() != nil || !l.stopped() {
+			return nil, nil, err
+		}
+		if err := r.waitLife(ctx, l, next); err != nil {
+			return nil, nil, err
+		}
+	}
+}
+
+// waitLife waits until old is no longer the replica's life.
+func (r *Replica) waitLife(ctx context.Context, old *life, next <-chan struct{}) error {
+	for r.life.Load() == old {
+		r.mu.Lock()
+		closed := r.closed
+		r.mu.Unlock()
+		if closed {
+			return ErrClosed
+		}
+		select {
+		case <-next:
+			next = r.changed.wait()
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}

@@ -1,0 +1,104 @@
+package shard
+
+import (
+	"errors"
+	"sync"
+
+	"github.com/hashicorp/raft"
+)
+
+// tail knows the sizes of the last entries of the log and decides when its
+// beginning may go. Raft counts entries only, but one entry of kvd holds up to
+// a mebibyte, so both the trigger and what is kept are bounded by bytes too.
+type tail struct {
+	limitEntries uint64
+	limitBytes   int64
+	keepEntries  uint64
+	keepBytes    int64
+	due          chan struct{} // capacity 1
+
+	mu      sync.Mutex
+	sizes   []int64 // ring of the last keepEntries sizes
+	next    int
+	entries uint64 // since the last truncation
+	bytes   int64
+}
+
+func newTail(cfg Config) *tail {
+	return &tail{
+		limitEntries: cfg.SnapshotEntries, limitBytes: cfg.SnapshotBytes,
+		keepEntries: cfg.TrailingEntries, keepBytes: cfg.TrailingBytes,
+		due:   make(chan struct{}, 1),
+		sizes: make([]int64, max(1, cfg.TrailingEntries)),
+	}
+}
+
+// entryOverhead is what an entry costs in the log besides its data, roughly.
+const entryOverhead = 64
+
+func (t *tail) add(entry *raft.Log) {
+	size := int64(len(entry.Data)) + entryOverhead
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.sizes[t.next] = size
+	t.next = (t.next + 1) % len(t.sizes)
+	t.entries++
+	t.bytes += size
+	if t.entries >= t.limitEntries || t.bytes >= t.limitBytes {
+		select {
+		case t.due <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// restart begins a new count and returns how many entries to keep.
+func (t *tail) restart() uint64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.entries, t.bytes = 0, 0
+	var kept uint64
+	var sum int64
+	for i := range t.sizes {
+		size := t.sizes[(t.next-1-i+2*len(t.sizes))%len(t.sizes)]
+		if size == 0 || sum+size > t.keepBytes {
+			break
+		}
+		sum += size
+		kept++
+	}
+	return max(1, min(kept, t.keepEntries))
+}
+
+// watchTail truncates the log's beginning when enough has come behind it.
+func (l *life) watchTail() {
+	for {
+		select {
+		case <-l.tail.due:
+		case <-l.done:
+			return
+		}
+		conf := l.raft.ReloadableConfig()
+		conf.TrailingLogs = l.tail.restart()
+		if err := l.raft.ReloadConfig(conf); err != nil {
+			l.r.slog.Warn("cannot set how much log is kept", "error", err)
+		}
+		// Fails while a configuration change is in flight; the next entries
+		// try again.
+		err := l.raft.Snapshot().Error()
+		if err != nil && !errors.Is(err, raft.ErrNothingNewToSnapshot) && !errors.Is(err, raft.ErrRaftShutdown) {
+			l.r.slog.Info("the log could not be truncated yet", "error", err)
+		}
+	}
+}
+
+// truncationGuard is the highest index that truncation of the log's beginning
+// may delete: what the state machine has made durable (I9), and nothing that a
+// snapshot under way still needs behind it.
+func (r *Replica) truncationGuard() uint64 {
+	l := r.life.Load()
+	if l == nil {
+		return 0
+	}
+	return l.snapshots.Guard()
+}

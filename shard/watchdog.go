@@ -1,0 +1,37 @@
+package shard
+
+import (
+	"fmt"
+	"time"
+)
+
+// watchDisk guards against a disk that stalls: raft's main loop is stuck in the
+// write, but its heartbeats go on and would keep a leader that cannot commit
+// in office. Silencing the transport lets the others elect a new one.
+func (l *life) watchDisk() {
+	ticker := time.NewTicker(max(l.r.cfg.DiskStepDown/10, 10*time.Millisecond))
+	defer ticker.Stop()
+	silent := false
+	for {
+		select {
+		case <-ticker.C:
+		case <-l.done:
+			return
+		}
+		stalled := l.r.log.WriteStalled()
+		if slow := stalled >= l.r.cfg.DiskStepDown; slow != silent {
+			silent = slow
+			l.transport.Suspend(silent)
+			if silent {
+				l.r.metrics.diskStalls.Inc()
+				l.r.slog.Error("a write to the raft log is stalled; this replica is silent until it ends: check the disk", "stalled", stalled)
+			} else {
+				l.r.slog.Info("the raft log takes writes again")
+			}
+		}
+		if stalled >= l.r.cfg.DiskFatal {
+			l.r.fail(fmt.Errorf("a write to the raft log has been stalled for %v: check the disk under %s", stalled, l.r.cfg.Dir))
+			return
+		}
+	}
+}
