@@ -1,0 +1,284 @@
+package transport
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+)
+
+const testCluster = 0xc1
+
+// testNet is a network of transports, over memory or over TCP loopback.
+type testNet struct {
+	tb     testing.TB
+	memory *MemoryNetwork // nil = TCP
+	logs   *logBuffer
+
+	mu    sync.Mutex
+	addrs map[string]string
+}
+
+// logBuffer keeps what is logged; it is shown when a test fails.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func (l *logBuffer) logger() *slog.Logger {
+	return slog.New(slog.NewTextHandler(l, &slog.HandlerOptions{Level: slog.LevelDebug}))
+}
+
+func newTestNet(tb testing.TB, memory bool) *testNet {
+	n := &testNet{tb: tb, logs: &logBuffer{}, addrs: map[string]string{}}
+	if memory {
+		n.memory = NewMemoryNetwork()
+	}
+	tb.Cleanup(func() {
+		if tb.Failed() {
+			tb.Logf("log:\n%s", n.logs)
+		}
+	})
+	return n
+}
+
+func (n *testNet) resolve(node string) (string, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	addr, ok := n.addrs[node]
+	return addr, ok
+}
+
+// listen returns a listener for a node and makes its address known.
+func (n *testNet) listen(node string) net.Listener {
+	var l net.Listener
+	var err error
+	if n.memory != nil {
+		l, err = n.memory.Listen(node)
+	} else {
+		l, err = net.Listen("tcp", "127.0.0.1:0")
+	}
+	if err != nil {
+		n.tb.Fatal(err)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.addrs[node] = l.Addr().String()
+	return l
+}
+
+func (n *testNet) config(node string) Config {
+	l := n.listen(node)
+	c := Config{
+		Identity: func() Peer { return Peer{ClusterID: testCluster, Node: node, PeerAddr: l.Addr().String()} },
+		Listener: l, Resolve: n.resolve, Logger: n.logs.logger().With("self", node),
+	}
+	if n.memory != nil {
+		c.Dial = n.memory.Dialer(node)
+	} else {
+		c.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+		}
+	}
+	return c
+}
+
+// start starts a node's transport; tweak, if not nil, changes its config first.
+func (n *testNet) start(node string, tweak func(*Config)) *Transport {
+	n.tb.Helper()
+	c := n.config(node)
+	if tweak != nil {
+		tweak(&c)
+	}
+	t, err := New(c)
+	if err != nil {
+		n.tb.Fatal(err)
+	}
+	n.tb.Cleanup(func() { _ = t.Close() })
+	return t
+}
+
+// eventually waits until f is true. The deadline only ends a test that hangs.
+func eventually(tb testing.TB, what string, f func() bool) {
+	tb.Helper()
+	for deadline := time.Now().Add(60 * time.Second); !f(); {
+		if time.Now().After(deadline) {
+			tb.Fatalf("waited in vain: %s", what)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+func echo(_ context.Context, _ Peer, payload []byte) ([]byte, error) { return payload, nil }
+
+func noInstall(context.Context, *raft.InstallSnapshotRequest, io.Reader) (*raft.InstallSnapshotResponse, error) {
+	return nil, errors.New("no snapshots here")
+}
+
+// testFSM remembers the commands applied.
+type testFSM struct {
+	mu      sync.Mutex
+	applied [][]byte
+}
+
+func (f *testFSM) Apply(l *raft.Log) any {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.applied = append(f.applied, l.Data)
+	return len(f.applied)
+}
+
+func (f *testFSM) count() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.applied)
+}
+
+func (f *testFSM) Snapshot() (raft.FSMSnapshot, error) { return nil, errors.New("no snapshots") }
+func (f *testFSM) Restore(io.ReadCloser) error         { return errors.New("no snapshots") }
+
+// member is one raft replica of a test cluster.
+type member struct {
+	node  string
+	id    raft.ServerID
+	trans *Transport
+	group *Group
+	raft  *raft.Raft
+	fsm   *testFSM
+	seen  *spy
+}
+
+// spy stands between raft and its Group and counts what passes.
+type spy struct {
+	*Group
+	mu         sync.Mutex
+	preVotes   int
+	pipelines  int
+	heartbeats int // calls of raft's heartbeat fast path
+	handler    bool
+	rpcs       chan raft.RPC
+}
+
+func (s *spy) RequestPreVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
+	s.mu.Lock()
+	s.preVotes++
+	s.mu.Unlock()
+	return s.Group.RequestPreVote(id, target, args, resp)
+}
+
+func (s *spy) AppendEntriesPipeline(id raft.ServerID, target raft.ServerAddress) (raft.AppendPipeline, error) {
+	s.mu.Lock()
+	s.pipelines++
+	s.mu.Unlock()
+	return s.Group.AppendEntriesPipeline(id, target)
+}
+
+// SetHeartbeatHandler passes a handler on that counts its calls.
+func (s *spy) SetHeartbeatHandler(cb func(raft.RPC)) {
+	s.handler = true
+	s.Group.SetHeartbeatHandler(func(rpc raft.RPC) {
+		s.mu.Lock()
+		s.heartbeats++
+		s.mu.Unlock()
+		cb(rpc)
+	})
+}
+
+func (s *spy) counts() (preVotes, pipelines, heartbeats int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.preVotes, s.pipelines, s.heartbeats
+}
+
+const testGroup = 7
+
+// newCluster starts n raft replicas of one group, on nodes n1..nN.
+func newCluster(net *testNet, n int, tweak func(*Config)) []*member {
+	net.tb.Helper()
+	var members []*member
+	var conf raft.Configuration
+	for i := 1; i <= n; i++ {
+		node := fmt.Sprintf("n%d", i)
+		m := &member{node: node, id: raft.ServerID(node + "/1"), trans: net.start(node, tweak), fsm: &testFSM{}}
+		members = append(members, m)
+		conf.Servers = append(conf.Servers, raft.Server{ID: m.id, Address: raft.ServerAddress(m.id)})
+	}
+	for _, m := range members {
+		m.open(net, conf)
+	}
+	return members
+}
+
+func (m *member) open(net *testNet, conf raft.Configuration) {
+	net.tb.Helper()
+	var err error
+	if m.group, err = m.trans.Group(testGroup, raft.ServerAddress(m.id), noInstall); err != nil {
+		net.tb.Fatal(err)
+	}
+	m.seen = &spy{Group: m.group}
+	store := raft.NewInmemStore()
+	c := raft.DefaultConfig()
+	c.LocalID = m.id
+	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = 500*time.Millisecond, 500*time.Millisecond, 250*time.Millisecond
+	c.Logger = hclog.New(&hclog.LoggerOptions{Name: m.node, Output: net.logs, Level: hclog.Info})
+	c.NoLegacyTelemetry = true
+	snaps := raft.NewInmemSnapshotStore()
+	if err := raft.BootstrapCluster(c, store, store, snaps, m.group, conf); err != nil {
+		net.tb.Fatal(err)
+	}
+	if m.raft, err = raft.NewRaft(c, m.fsm, store, store, snaps, m.seen); err != nil {
+		net.tb.Fatal(err)
+	}
+	net.tb.Cleanup(m.stop)
+}
+
+func (m *member) stop() {
+	_ = m.group.Close()
+	_ = m.raft.Shutdown().Error()
+}
+
+// leader waits for a leader among the members.
+func leader(tb testing.TB, members []*member) *member {
+	tb.Helper()
+	var found *member
+	eventually(tb, "a leader", func() bool {
+		found = nil
+		for _, m := range members {
+			if m.raft.State() == raft.Leader && m.raft.VerifyLeader().Error() == nil {
+				found = m
+			}
+		}
+		return found != nil
+	})
+	return found
+}
+
+func others(members []*member, not *member) (rest []*member) {
+	for _, m := range members {
+		if m != not {
+			rest = append(rest, m)
+		}
+	}
+	return rest
+}
