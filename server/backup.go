@@ -1,0 +1,101 @@
+package server
+
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"hash"
+
+	"go.etcd.io/bbolt"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+
+	"kvd/fsm"
+	"kvd/snapshot"
+)
+
+// Snapshot streams a backup of what this node has applied, followed by its
+// SHA-256. The stream's size is a multiple of 512 bytes, so that clients can
+// tell by the size whether the digest is there.
+func (s *maintenance) Snapshot(_ *pb.SnapshotRequest, stream grpc.ServerStreamingServer[pb.SnapshotResponse]) error {
+	select {
+	case s.backups <- struct{}{}:
+		defer func() { <-s.backups }()
+	default:
+		return kvdError(codes.ResourceExhausted, ReasonBusy, fmt.Sprintf("%d backups are being sent already", cap(s.backups)))
+	}
+	ctx := stream.Context()
+	state, release, err := s.local(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if err := sendSnapshot(ctx, state, stream, s.router.metrics); err != nil {
+		s.router.cfg.Logger.Warn("backup failed", "error", err)
+		return refusal(err)
+	}
+	return nil
+}
+
+func sendSnapshot(ctx context.Context, state *fsm.Store, stream grpc.ServerStreamingServer[pb.SnapshotResponse], m *metrics) error {
+	// The file lags behind what has been applied, and may have been acknowledged.
+	if err := state.Flush(ctx, state.AppliedIndex()); err != nil {
+		return err
+	}
+	return state.ViewSnapshot(ctx, func(tx *bbolt.Tx, meta snapshot.Meta) error {
+		w := &snapshotWriter{stream: stream, left: snapshot.StreamSize(tx, meta), digest: sha256.New()}
+		n, err := snapshot.WriteStream(ctx, w, tx, meta)
+		m.snapshotBytes.Add(float64(n))
+		if err != nil {
+			return err
+		}
+		return w.finish()
+	})
+}
+
+// snapshotMessageBytes is the size of the messages that a backup is cut into.
+const snapshotMessageBytes = 64 << 10
+
+// snapshotWriter cuts what is written to it into messages.
+type snapshotWriter struct {
+	stream grpc.ServerStreamingServer[pb.SnapshotResponse]
+	digest hash.Hash
+	left   int64 // bytes still to be sent
+	buf    []byte
+}
+
+func (w *snapshotWriter) Write(p []byte) (int, error) {
+	_, _ = w.digest.Write(p) // never fails
+	for rest := p; len(rest) > 0; {
+		n := min(len(rest), snapshotMessageBytes-len(w.buf))
+		w.buf = append(w.buf, rest[:n]...)
+		rest = rest[n:]
+		if len(w.buf) == snapshotMessageBytes {
+			if err := w.flush(); err != nil {
+				return len(p) - len(rest), err
+			}
+		}
+	}
+	return len(p), nil
+}
+
+func (w *snapshotWriter) flush() error {
+	w.left -= int64(len(w.buf))
+	message := &pb.SnapshotResponse{RemainingBytes: uint64(max(w.left, 0)), Blob: w.buf}
+	w.buf = make([]byte, 0, snapshotMessageBytes) // gRPC may still read the old one
+	return w.stream.Send(message)
+}
+
+// finish sends what is left and the digest in a message of its own.
+func (w *snapshotWriter) finish() error {
+	if len(w.buf) > 0 {
+		if err := w.flush(); err != nil {
+			return err
+		}
+	}
+	if w.left != 0 {
+		return fmt.Errorf("server: backup is %d bytes off its announced size", w.left)
+	}
+	return w.stream.Send(&pb.SnapshotResponse{Blob: w.digest.Sum(nil)})
+}

@@ -1,0 +1,251 @@
+package server
+
+import (
+	"github.com/tidwall/btree"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+)
+
+// The checks of this file give etcd's answers, in etcd's order, before a
+// request is routed anywhere.
+
+func checkRange(r *pb.RangeRequest) error {
+	if len(r.GetKey()) == 0 {
+		return rpctypes.ErrGRPCEmptyKey
+	}
+	_, order := pb.RangeRequest_SortOrder_name[int32(r.SortOrder)]
+	_, target := pb.RangeRequest_SortTarget_name[int32(r.SortTarget)]
+	if !order || !target {
+		return rpctypes.ErrGRPCInvalidSortOption
+	}
+	return nil
+}
+
+func checkPut(r *pb.PutRequest) error {
+	switch {
+	case len(r.GetKey()) == 0:
+		return rpctypes.ErrGRPCEmptyKey
+	case r.IgnoreValue && len(r.Value) != 0:
+		return rpctypes.ErrGRPCValueProvided
+	case r.IgnoreLease && r.Lease != 0:
+		return rpctypes.ErrGRPCLeaseProvided
+	}
+	return nil
+}
+
+func checkDelete(r *pb.DeleteRangeRequest) error {
+	if len(r.GetKey()) == 0 {
+		return rpctypes.ErrGRPCEmptyKey
+	}
+	return nil
+}
+
+// checkTxn bounds and checks a transaction, then looks for keys that it would
+// write twice. The bound comes first: what it lets through is cheap to search.
+func checkTxn(r *pb.TxnRequest, maxOps int) error {
+	if err := checkTxnOps(r, maxOps); err != nil {
+		return err
+	}
+	for _, branch := range [][]*pb.RequestOp{r.Success, r.Failure} {
+		if _, err := collectWrites(branch); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkTxnOps checks every operation. A nested transaction may have only as
+// many operations as its parent has left, which bounds the depth too.
+func checkTxnOps(r *pb.TxnRequest, maxOps int) error {
+	ops := max(len(r.GetCompare()), len(r.GetSuccess()), len(r.GetFailure()))
+	if ops > maxOps {
+		return rpctypes.ErrGRPCTooManyOps
+	}
+	for _, c := range r.GetCompare() {
+		if len(c.GetKey()) == 0 {
+			return rpctypes.ErrGRPCEmptyKey
+		}
+	}
+	for _, branch := range [][]*pb.RequestOp{r.GetSuccess(), r.GetFailure()} {
+		for _, op := range branch {
+			if err := checkOp(op, maxOps-ops); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func checkOp(op *pb.RequestOp, maxOps int) error {
+	switch op := op.GetRequest().(type) {
+	case *pb.RequestOp_RequestRange:
+		return checkRange(op.RequestRange)
+	case *pb.RequestOp_RequestPut:
+		return checkPut(op.RequestPut)
+	case *pb.RequestOp_RequestDeleteRange:
+		return checkDelete(op.RequestDeleteRange)
+	case *pb.RequestOp_RequestTxn:
+		return checkTxnOps(op.RequestTxn, maxOps)
+	default:
+		return rpctypes.ErrGRPCKeyNotFound // etcd's answer for an empty operation
+	}
+}
+
+// writes are the keys that a list of operations puts and deletes.
+type writes struct {
+	puts map[string]struct{}
+	dels keyRanges
+}
+
+// collectWrites fails if the operations put a key twice, or put and delete it.
+// The branches of one nested transaction exclude each other. As in etcd, a
+// nested put is held against the deletes around and before it, not against
+// those of later nested transactions.
+func collectWrites(ops []*pb.RequestOp) (*writes, error) {
+	w := &writes{puts: make(map[string]struct{})}
+	for _, op := range ops {
+		if del := op.GetRequestDeleteRange(); del != nil {
+			w.dels.add(string(del.Key), string(del.RangeEnd))
+		}
+	}
+	for _, op := range ops {
+		if nested := op.GetRequestTxn(); nested != nil {
+			if err := w.addNested(nested); err != nil {
+				return nil, err
+			}
+		}
+	}
+	for _, op := range ops {
+		if put := op.GetRequestPut(); put != nil {
+			if err := w.addPut(string(put.Key), nil); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return w, nil
+}
+
+func (w *writes) addNested(r *pb.TxnRequest) error {
+	success, err := collectWrites(r.Success)
+	if err != nil {
+		return err
+	}
+	failure, err := collectWrites(r.Failure)
+	if err != nil {
+		return err
+	}
+	for key := range success.puts {
+		if err := w.addPut(key, nil); err != nil {
+			return err
+		}
+	}
+	for key := range failure.puts {
+		if err := w.addPut(key, success.puts); err != nil {
+			return err
+		}
+	}
+	w.dels.union(&success.dels)
+	w.dels.union(&failure.dels)
+	return nil
+}
+
+// addPut records a put of a key, which may also be among the exclusive ones.
+func (w *writes) addPut(key string, exclusive map[string]struct{}) error {
+	_, twice := w.puts[key]
+	_, allowed := exclusive[key]
+	if twice && !allowed || w.dels.contains(key) {
+		return rpctypes.ErrGRPCDuplicateKey
+	}
+	w.puts[key] = struct{}{}
+	return nil
+}
+
+// keyRanges is a set of keys, kept as disjoint ranges [begin, end). The zero
+// value is empty.
+type keyRanges struct {
+	ends btree.Map[string, string] // by begin
+}
+
+// add takes a request's key and range end. A range up to "\x00", which means
+// "no end" elsewhere, is empty here as it is in etcd's check.
+func (s *keyRanges) add(begin, end string) {
+	if end == "" {
+		end = begin + "\x00"
+	}
+	s.insert(begin, end)
+}
+
+func (s *keyRanges) insert(begin, end string) {
+	if begin >= end {
+		return
+	}
+	if b, e, ok := s.before(begin); ok && e >= begin {
+		begin, end = b, max(e, end)
+	}
+	var merged []string
+	s.ends.Ascend(begin, func(b, e string) bool {
+		if b > end {
+			return false
+		}
+		merged = append(merged, b)
+		end = max(end, e)
+		return true
+	})
+	for _, b := range merged {
+		s.ends.Delete(b)
+	}
+	s.ends.Set(begin, end)
+}
+
+// before returns the last range that begins at or before key.
+func (s *keyRanges) before(key string) (begin, end string, ok bool) {
+	s.ends.Descend(key, func(b, e string) bool {
+		begin, end, ok = b, e, true
+		return false
+	})
+	return begin, end, ok
+}
+
+func (s *keyRanges) contains(key string) bool {
+	_, end, ok := s.before(key)
+	return ok && key < end
+}
+
+func (s *keyRanges) union(other *keyRanges) {
+	other.ends.Scan(func(begin, end string) bool {
+		s.insert(begin, end)
+		return true
+	})
+}
+
+// isReadOnly reports whether a transaction consists of ranges only.
+func isReadOnly(r *pb.TxnRequest) bool {
+	return everyOp(r, func(op *pb.RequestOp) bool { return op.GetRequestRange() != nil })
+}
+
+// isSerializable reports whether a read-only transaction asks for nothing but
+// serializable ranges. Compares alone are linearizable: they have no flag to
+// say otherwise.
+func isSerializable(r *pb.TxnRequest) bool {
+	return len(r.Success)+len(r.Failure) > 0 &&
+		everyOp(r, func(op *pb.RequestOp) bool { return op.GetRequestRange().GetSerializable() })
+}
+
+// grows reports whether a transaction may put anything.
+func grows(r *pb.TxnRequest) bool {
+	return !everyOp(r, func(op *pb.RequestOp) bool {
+		nested := op.GetRequestTxn()
+		return op.GetRequestPut() == nil && (nested == nil || !grows(nested))
+	})
+}
+
+func everyOp(r *pb.TxnRequest, holds func(*pb.RequestOp) bool) bool {
+	for _, branch := range [][]*pb.RequestOp{r.Success, r.Failure} {
+		for _, op := range branch {
+			if !holds(op) {
+				return false
+			}
+		}
+	}
+	return true
+}

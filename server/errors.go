@@ -1,0 +1,96 @@
+package server
+
+import (
+	"context"
+	"errors"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"kvd/fsm"
+)
+
+// refusals are the definite answers of the state machine: nothing changed.
+// Their kinds are part of the node-to-node protocol; never renumber them.
+var refusals = []struct {
+	kind byte
+	err  error // of fsm
+	grpc error // what the client is told
+}{
+	{1, fsm.ErrCompacted, rpctypes.ErrGRPCCompacted},
+	{2, fsm.ErrFutureRevision, rpctypes.ErrGRPCFutureRev},
+	{3, fsm.ErrKeyNotFound, rpctypes.ErrGRPCKeyNotFound},
+	{4, fsm.ErrLeaseNotFound, rpctypes.ErrGRPCLeaseNotFound},
+}
+
+// refusal is the client's answer for an error of the state machine.
+func refusal(err error) error {
+	for _, known := range refusals {
+		if errors.Is(err, known.err) {
+			return known.grpc
+		}
+	}
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return status.FromContextError(err).Err()
+	}
+	return status.Error(codes.Unknown, err.Error())
+}
+
+// encodeRefusal is a kind (0 = none of the known ones) and the text.
+func encodeRefusal(err error) []byte {
+	for _, known := range refusals {
+		if errors.Is(err, known.err) {
+			return []byte{known.kind}
+		}
+	}
+	return append([]byte{0}, err.Error()...)
+}
+
+func decodeRefusal(body []byte) error {
+	if len(body) == 0 {
+		return errBadAnswer
+	}
+	for _, known := range refusals {
+		if body[0] == known.kind {
+			return known.err
+		}
+	}
+	return errors.New(string(body[1:]))
+}
+
+// Reasons of kvd's own errors, in errdetails.ErrorInfo. Clients may rely on
+// them.
+const (
+	errorDomain = "kvd"
+
+	// ReasonUnsupported: kvd does not have this function of etcd.
+	ReasonUnsupported = "UNSUPPORTED"
+	// ReasonNotJoined: this node does not belong to a cluster yet.
+	ReasonNotJoined = "NOT_JOINED"
+	// ReasonInternal: a bug; the node's log has the details.
+	ReasonInternal = "INTERNAL"
+	// ReasonOtherLeader: another member than the one asked for was elected.
+	ReasonOtherLeader = "OTHER_LEADER"
+	// ReasonBusy: this node does as much of it as it is allowed to.
+	ReasonBusy = "BUSY"
+)
+
+// kvdError is one of kvd's own conditions.
+func kvdError(c codes.Code, reason, message string) error {
+	s := status.New(c, "kvd: "+message)
+	detailed, err := s.WithDetails(&errdetails.ErrorInfo{Reason: reason, Domain: errorDomain})
+	if err != nil {
+		return s.Err()
+	}
+	return detailed.Err()
+}
+
+func unsupported(what string) error {
+	return kvdError(codes.Unimplemented, ReasonUnsupported, what+" not supported")
+}
+
+func notJoined() error {
+	return kvdError(codes.Unavailable, ReasonNotJoined, "this node does not serve the key space yet")
+}

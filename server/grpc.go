@@ -1,0 +1,97 @@
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"math"
+	"runtime/debug"
+	"unicode/utf8"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/reflection"
+)
+
+// newGRPC makes a gRPC server with all services. Limits and keepalive are
+// etcd's, except that the requests of one connection are bounded.
+func (s *Server) newGRPC(conf *tls.Config) *grpc.Server {
+	options := []grpc.ServerOption{
+		grpc.MaxRecvMsgSize(s.cfg.MaxRequestBytes + overheadBytes),
+		grpc.MaxSendMsgSize(math.MaxInt32),
+		grpc.MaxConcurrentStreams(s.cfg.MaxConcurrentStreams),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveMinTime}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveInterval, Timeout: keepaliveTimeout}),
+		grpc.ChainUnaryInterceptor(s.metrics.grpc.UnaryServerInterceptor(), s.interceptUnary),
+		grpc.ChainStreamInterceptor(s.metrics.grpc.StreamServerInterceptor(), s.interceptStream),
+	}
+	if conf != nil {
+		options = append(options, grpc.Creds(credentials.NewTLS(conf)))
+	}
+	server := grpc.NewServer(options...)
+	pb.RegisterKVServer(server, s.kv)
+	pb.RegisterClusterServer(server, s.members)
+	pb.RegisterMaintenanceServer(server, s.maintenance)
+	for _, u := range unsupportedServices {
+		refuseAll(server, u.desc, u.err)
+	}
+	healthpb.RegisterHealthServer(server, s.health)
+	reflection.Register(server)
+	return server
+}
+
+// interceptUnary is innermost, so that the metrics see its answers too.
+func (s *Server) interceptUnary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (response any, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			response, err = nil, s.recovered(info.FullMethod, p)
+		}
+	}()
+	if err := s.admit(ctx); err != nil {
+		return nil, err
+	}
+	return handle(ctx, request)
+}
+
+func (s *Server) interceptStream(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = s.recovered(info.FullMethod, p)
+		}
+	}()
+	if err := s.admit(stream.Context()); err != nil {
+		return err
+	}
+	return handle(server, stream)
+}
+
+// recovered keeps a request from ending the process (I8).
+func (s *Server) recovered(method string, p any) error {
+	s.metrics.panics.Inc()
+	s.cfg.Logger.Error("panic while serving a request", "method", method, "panic", p, "stack", string(debug.Stack()))
+	return kvdError(codes.Internal, ReasonInternal, "internal error")
+}
+
+// admit checks what clients say of themselves. One that asked for a leader
+// (clientv3.WithRequireLeader) does not want to wait for an election.
+func (s *Server) admit(ctx context.Context) error {
+	md, ok := metadata.FromIncomingContext(ctx)
+	if !ok {
+		return nil
+	}
+	if v := md[rpctypes.MetadataClientAPIVersionKey]; len(v) > 0 && !utf8.ValidString(v[0]) {
+		return rpctypes.ErrGRPCInvalidClientAPIVersion
+	}
+	if v := md[rpctypes.MetadataRequireLeaderKey]; len(v) == 0 || v[0] != rpctypes.MetadataHasLeader {
+		return nil
+	}
+	if replica := s.cfg.Replica(userGroup); replica == nil || replica.Leader().Node == "" {
+		return rpctypes.ErrGRPCNoLeader
+	}
+	return nil
+}

@@ -1,0 +1,64 @@
+package server
+
+import (
+	"fmt"
+
+	grpcprom "github.com/grpc-ecosystem/go-grpc-middleware/providers/prometheus"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+type metrics struct {
+	registerer prometheus.Registerer
+	collectors []prometheus.Collector
+
+	grpc                                   *grpcprom.ServerMetrics
+	forwardedWrites, readRounds, retries   prometheus.Counter
+	serializable, shed, unknown, panics    prometheus.Counter
+	snapshotBytes, httpHealthy, httpFailed prometheus.Counter
+}
+
+func newMetrics(registerer prometheus.Registerer) (*metrics, error) {
+	m := &metrics{registerer: registerer}
+	counter := func(name, help string) prometheus.Counter {
+		c := prometheus.NewCounter(prometheus.CounterOpts{Name: "kvd_server_" + name, Help: help})
+		m.collectors = append(m.collectors, c)
+		return c
+	}
+	m.forwardedWrites = counter("forwarded_writes_total", "Writes sent to the leader's node, retries included.")
+	m.readRounds = counter("read_rounds_total", "Read indexes asked of the leader's node; each serves all reads that waited for it.")
+	m.retries = counter("retries_total", "Attempts repeated because the leader was unknown, not reached or had changed.")
+	m.serializable = counter("serializable_reads_total", "Reads answered from the local state, however old.")
+	m.shed = counter("writes_shed_total", "Writes refused because too many were under way.")
+	m.unknown = counter("unknown_outcomes_total", "Writes whose outcome could not be told to the client.")
+	m.panics = counter("panics_total", "Requests that ended in a panic.")
+	m.snapshotBytes = counter("snapshot_sent_bytes_total", "Bytes of backups sent to clients.")
+	m.httpHealthy = counter("health_success_total", "Checks at /health that succeeded.")
+	m.httpFailed = counter("health_failures_total", "Checks at /health that failed.")
+	m.grpc = grpcprom.NewServerMetrics(grpcprom.WithServerHandlingTimeHistogram(
+		grpcprom.WithHistogramBuckets(prometheus.ExponentialBuckets(0.0005, 2, 15))))
+	m.collectors = append(m.collectors, m.grpc)
+	return m, m.register()
+}
+
+func (m *metrics) register() error {
+	if m.registerer == nil {
+		return nil
+	}
+	for i, c := range m.collectors {
+		if err := m.registerer.Register(c); err != nil {
+			m.collectors = m.collectors[:i]
+			m.unregister()
+			return fmt.Errorf("server: register metrics: %w", err)
+		}
+	}
+	return nil
+}
+
+func (m *metrics) unregister() {
+	if m.registerer == nil {
+		return
+	}
+	for _, c := range m.collectors {
+		m.registerer.Unregister(c)
+	}
+}

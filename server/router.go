@@ -1,0 +1,255 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/protobuf/proto"
+
+	"kvd/fsm"
+	"kvd/shard"
+)
+
+// router takes requests to the leader of their group. It waits through
+// elections and tries again whatever is certainly not in the log, until the
+// request's deadline; it never tries again what might be.
+type router struct {
+	cfg     *Config
+	metrics *metrics
+	pending atomic.Int64 // bytes of writes under way
+
+	ctx    context.Context // ends when the router closes; for read rounds only
+	cancel context.CancelFunc
+	rounds sync.WaitGroup
+
+	mu     sync.Mutex
+	reads  map[uint64]*rounds // by group
+	closed bool
+}
+
+// Between two attempts of a request whose leader is unknown or unreachable.
+const (
+	minBackoff = 10 * time.Millisecond
+	maxBackoff = 250 * time.Millisecond
+)
+
+var (
+	errNoReplica   = errors.New("server: this node has no replica of the group")
+	errNoLeader    = errors.New("server: no leader is known")
+	errNoSpace     = errors.New("server: the leader's disk is nearly full")
+	errNotReached  = errors.New("server: the leader was not reached")
+	errLeaderMoved = errors.New("server: the leadership moved on")
+	errBadAnswer   = errors.New("server: malformed answer from a peer")
+)
+
+func newRouter(cfg *Config, m *metrics) *router {
+	r := &router{cfg: cfg, metrics: m, reads: make(map[uint64]*rounds)}
+	r.ctx, r.cancel = context.WithCancel(context.Background())
+	return r
+}
+
+// close ends the read rounds and waits for them.
+func (r *router) close() {
+	r.mu.Lock()
+	r.closed = true
+	r.mu.Unlock()
+	r.cancel()
+	r.rounds.Wait()
+}
+
+// write is a request on its way into the log.
+type write struct {
+	group   uint64
+	request fsm.Request
+	grows   bool                 // refused when the leader's disk is nearly full
+	answer  func() proto.Message // an empty response of the right type
+}
+
+// propose replicates a write and returns the state machine's response. Errors
+// are gRPC statuses.
+func (r *router) propose(ctx context.Context, w *write) (proto.Message, error) {
+	size := int64(len(w.request.Data))
+	if size > int64(r.cfg.MaxRequestBytes) {
+		return nil, rpctypes.ErrGRPCRequestTooLarge
+	}
+	if r.pending.Add(size) > r.cfg.MaxPendingBytes {
+		r.pending.Add(-size)
+		r.metrics.shed.Inc()
+		return nil, rpctypes.ErrGRPCRequestTooManyRequests
+	}
+	defer r.pending.Add(-size)
+
+	ctx, cancel := r.withDeadline(ctx)
+	defer cancel()
+	for attempt := 0; ; attempt++ {
+		replica := r.cfg.Replica(w.group)
+		if replica == nil {
+			return nil, notJoined()
+		}
+		changed := replica.LeaderChanged() // before looking who leads
+		result, err := r.proposeOnce(ctx, replica, w)
+		if err == nil && result.Err == nil {
+			return result.Response, nil
+		}
+		if err == nil {
+			return nil, refusal(result.Err)
+		}
+		if !r.mayRetry(err) {
+			return nil, r.writeStatus(ctx, err)
+		}
+		if !wait(ctx, changed, attempt) {
+			return nil, r.writeStatus(ctx, err)
+		}
+		r.metrics.retries.Inc()
+	}
+}
+
+// proposeOnce makes one attempt on whoever is thought to lead. Its errors are
+// those of shard.Replica.Propose, wherever it was called.
+func (r *router) proposeOnce(ctx context.Context, replica Replica, w *write) (fsm.Result, error) {
+	leader := replica.Leader()
+	switch {
+	case leader.Self || leader.Node == r.cfg.Node:
+		return r.proposeHere(ctx, replica, w.request, w.grows)
+	case leader.Node == "":
+		return fsm.Result{}, errNoLeader
+	}
+	r.metrics.forwardedWrites.Inc()
+	return r.proposeThere(ctx, leader.Node, w)
+}
+
+func (r *router) proposeHere(ctx context.Context, replica Replica, request fsm.Request, grows bool) (fsm.Result, error) {
+	if grows && r.cfg.NoSpace() {
+		return fsm.Result{}, errNoSpace
+	}
+	return replica.Propose(ctx, request)
+}
+
+// mayRetry reports whether err proves that the request is not in the log and
+// another attempt may fare better.
+func (r *router) mayRetry(err error) bool {
+	switch {
+	case errors.Is(err, shard.ErrUnknownOutcome):
+		return r.cfg.faults.retryUnknown
+	case errors.Is(err, shard.ErrNotLeader), errors.Is(err, shard.ErrNotProposed),
+		errors.Is(err, errNoLeader), errors.Is(err, errNotReached), errors.Is(err, errMalformed):
+		return true
+	}
+	return false
+}
+
+// writeStatus is what a client is told when err ends its write.
+func (r *router) writeStatus(ctx context.Context, err error) error {
+	switch {
+	case errors.Is(err, shard.ErrOverloaded):
+		r.metrics.shed.Inc()
+		return rpctypes.ErrGRPCRequestTooManyRequests
+	case errors.Is(err, shard.ErrTooLarge):
+		return rpctypes.ErrGRPCRequestTooLarge
+	case errors.Is(err, errNoSpace):
+		return rpctypes.ErrGRPCNoSpace
+	}
+	definite := r.mayRetry(err)
+	if !definite {
+		r.metrics.unknown.Inc()
+		r.cfg.Logger.Debug("outcome of a write is unknown", "error", err)
+	}
+	switch {
+	case errors.Is(ctx.Err(), context.Canceled):
+		return rpctypes.ErrGRPCCanceled
+	case definite:
+		return rpctypes.ErrGRPCTimeout
+	default:
+		return rpctypes.ErrGRPCTimeoutDueToLeaderFail
+	}
+}
+
+// acquire pins a state of the group on this node: one that is linearizable for
+// a read that began before the call, or, if serializable, whatever is there.
+// Errors are gRPC statuses.
+func (r *router) acquire(ctx context.Context, group uint64, serializable bool) (*fsm.Store, func(), error) {
+	ctx, cancel := r.withDeadline(ctx)
+	defer cancel()
+	var index uint64
+	if serializable {
+		r.metrics.serializable.Inc()
+	} else {
+		var err error
+		if index, err = r.readIndex(ctx, group); err != nil {
+			return nil, nil, err
+		}
+	}
+	replica := r.cfg.Replica(group)
+	if replica == nil {
+		return nil, nil, notJoined()
+	}
+	state, release, err := replica.AcquireState(ctx, index)
+	if err != nil {
+		return nil, nil, r.readStatus(ctx, err)
+	}
+	return state, release, nil
+}
+
+// readIndex returns an index that covers every write acknowledged before the
+// call. Reads change nothing, so every failure is tried again.
+func (r *router) readIndex(ctx context.Context, group uint64) (uint64, error) {
+	for attempt := 0; ; attempt++ {
+		replica := r.cfg.Replica(group)
+		if replica == nil {
+			return 0, notJoined()
+		}
+		changed := replica.LeaderChanged() // before looking who leads
+		leader := replica.Leader()
+		var index uint64
+		err := errNoLeader
+		switch {
+		case leader.Self || leader.Node == r.cfg.Node:
+			index, err = replica.ReadIndex(ctx) // gathers its own rounds
+		case leader.Node != "":
+			index, err = r.roundsOf(group).join(ctx)
+		}
+		if err == nil {
+			return index, nil
+		}
+		if errors.Is(err, shard.ErrClosed) || !wait(ctx, changed, attempt) {
+			return 0, r.readStatus(ctx, err)
+		}
+		r.metrics.retries.Inc()
+	}
+}
+
+func (r *router) readStatus(ctx context.Context, err error) error {
+	switch {
+	case errors.Is(err, shard.ErrClosed):
+		return rpctypes.ErrGRPCStopped
+	case errors.Is(ctx.Err(), context.Canceled):
+		return rpctypes.ErrGRPCCanceled
+	default:
+		return rpctypes.ErrGRPCTimeout
+	}
+}
+
+// withDeadline gives a request without a deadline the default one.
+func (r *router) withDeadline(ctx context.Context) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return ctx, func() {}
+	}
+	return context.WithTimeout(ctx, r.cfg.RequestTimeout)
+}
+
+// wait returns true when it is time for another attempt, false when ctx is
+// done.
+func wait(ctx context.Context, changed <-chan struct{}, attempt int) bool {
+	timer := time.NewTimer(min(minBackoff<<min(attempt, 8), maxBackoff))
+	defer timer.Stop()
+	select {
+	case <-changed:
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	return ctx.Err() == nil
+}

@@ -1,0 +1,276 @@
+// Package server answers clients: it speaks etcd's v3 gRPC API and the HTTP
+// endpoints, validates requests, routes them to the leader of their group and
+// waits through elections.
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"kvd/fsm"
+	"kvd/shard"
+)
+
+// Replica is this node's replica of a group; *shard.Replica is one. Its
+// documentation holds here too.
+type Replica interface {
+	Propose(ctx context.Context, request fsm.Request) (fsm.Result, error)
+	ReadIndex(ctx context.Context) (uint64, error)
+	AcquireState(ctx context.Context, minIndex uint64) (*fsm.Store, func(), error)
+	Leader() shard.Leader
+	LeaderChanged() <-chan struct{}
+	// AdvanceFollower hurries an index that node has asked for; it may do nothing.
+	AdvanceFollower(node string, index uint64)
+	TransferLeadership(ctx context.Context, toNode string) error
+	Status() shard.Status
+}
+
+// Peers calls the other nodes. An answer is what that node's handler (Handlers)
+// returned.
+type Peers interface {
+	Call(ctx context.Context, node, method string, payload []byte) ([]byte, error)
+}
+
+// Cluster names the cluster and its members. It is asked at every request, so
+// it must be cheap and may change.
+type Cluster interface {
+	ClusterID() uint64
+	MemberID() uint64 // of this node
+	Members() []Member
+}
+
+// Member is one node as clients see it. Name is the node's name.
+type Member struct {
+	Name       string
+	ID         uint64
+	PeerURLs   []string
+	ClientURLs []string
+	Learner    bool
+}
+
+// Config says what a Server is made of. The zero value of every bound and
+// duration means its default.
+type Config struct {
+	Node string // this node's name
+	// Replica is this node's replica of a group; nil while there is none.
+	Replica func(group uint64) Replica
+	Cluster Cluster
+	Peers   Peers
+	// NotDelivered reports whether an error of Peers.Call proves that the
+	// request never reached the peer. All other errors mean that it may have.
+	NotDelivered func(error) bool
+	// NoSpace reports that this node's disk is too full to take writes that
+	// make the state grow. nil means never.
+	NoSpace func() bool
+
+	TLS   *tls.Config // for gRPC and HTTP; nil = plain text
+	Pprof bool        // serve /debug/pprof
+	// Version of kvd, for /version. Clients are told the etcd version that the
+	// API is compatible with.
+	Version string
+
+	RequestTimeout       time.Duration // of a request without a deadline; 5 s
+	DrainTimeout         time.Duration // for requests to end when the server closes; 5 s
+	MaxRequestBytes      int           // of one request in the log; 1.5 MiB
+	MaxTxnOps            int           // compares, or operations of one branch; 128
+	MaxPendingBytes      int64         // of writes under way on this node; above it they are shed; 128 MiB
+	MaxConcurrentStreams uint32        // requests under way on one connection; 16384
+	MaxSnapshotStreams   int           // backups under way on this node; 4
+
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
+	Gatherer   prometheus.Gatherer // for /metrics; nil = not served
+
+	faults faults
+}
+
+// faults are planted by tests to prove that the tests see them.
+type faults struct {
+	joinSentRound bool // a read joins a round whose request has already been sent
+	retryUnknown  bool // a write of unknown outcome is proposed again
+}
+
+const (
+	// overheadBytes of a message beyond MaxRequestBytes still reach the
+	// validation, which answers better than the codec does. As in etcd.
+	overheadBytes = 512 << 10
+
+	keepaliveMinTime  = 5 * time.Second // clients may not ping more often
+	keepaliveInterval = 2 * time.Hour
+	keepaliveTimeout  = 20 * time.Second
+)
+
+func setDefault[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+func (c *Config) setDefaults() {
+	setDefault(&c.RequestTimeout, 5*time.Second)
+	setDefault(&c.DrainTimeout, 5*time.Second)
+	setDefault(&c.MaxRequestBytes, 3<<19)
+	setDefault(&c.MaxTxnOps, 128)
+	setDefault(&c.MaxPendingBytes, 128<<20)
+	setDefault(&c.MaxConcurrentStreams, 16384)
+	setDefault(&c.MaxSnapshotStreams, 4)
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.NoSpace == nil {
+		c.NoSpace = func() bool { return false }
+	}
+}
+
+// Validate names the first field that cannot work.
+func (c *Config) Validate() error {
+	switch {
+	case c.Node == "":
+		return errors.New("server: no node name")
+	case c.Replica == nil || c.Cluster == nil || c.Peers == nil || c.NotDelivered == nil:
+		return errors.New("server: Replica, Cluster, Peers and NotDelivered are required")
+	case c.MaxRequestBytes < 0 || c.MaxRequestBytes > 1<<30:
+		return fmt.Errorf("server: request limit of %d bytes is not between 0 and 1 GiB", c.MaxRequestBytes)
+	case c.MaxTxnOps < 0 || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0:
+		return errors.New("server: a limit is negative, or less may be pending than one request has")
+	}
+	return nil
+}
+
+// Server serves clients of one node. All methods are safe for concurrent use.
+type Server struct {
+	cfg         Config
+	router      *router
+	kv          *kv
+	maintenance *maintenance
+	members     *members
+	metrics     *metrics
+
+	grpc    *grpc.Server // clients over the network
+	gateway *gateway     // the JSON gateway's own way in
+	health  *health.Server
+	http    *http.Server
+
+	ready   atomic.Bool // clients are served, and not yet sent away
+	serving sync.WaitGroup
+	closing sync.Once
+}
+
+// New makes a Server that can be called (KV, Handlers) but does not listen yet.
+func New(cfg Config) (*Server, error) {
+	cfg.setDefaults()
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	s := &Server{cfg: cfg, health: health.NewServer()}
+	var err error
+	if s.metrics, err = newMetrics(cfg.Registerer); err != nil {
+		return nil, err
+	}
+	s.router = newRouter(&s.cfg, s.metrics)
+	s.kv = newKV(s.router)
+	s.maintenance = newMaintenance(s.router)
+	s.members = newMembers(s.router)
+	s.health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
+	s.grpc = s.newGRPC(cfg.TLS)
+	s.metrics.grpc.InitializeMetrics(s.grpc)
+	if s.gateway, err = newGateway(s.newGRPC(nil), s.cfg.MaxRequestBytes); err != nil {
+		s.metrics.unregister()
+		return nil, err
+	}
+	s.http = s.newHTTP()
+	return s, nil
+}
+
+// KV is the key-value service, for callers inside the process.
+func (s *Server) KV() pb.KVServer { return s.kv }
+
+// Handlers answer the other nodes' calls, by method name. They must be
+// registered before this node's replicas take part in their groups.
+func (s *Server) Handlers() map[string]HandlerFunc { return s.router.handlers() }
+
+// StartGRPC serves clients on l, which the Server owns from now on.
+func (s *Server) StartGRPC(l net.Listener) {
+	s.health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)
+	s.ready.Store(true)
+	s.serving.Go(func() {
+		if err := s.grpc.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+			s.cfg.Logger.Error("client listener failed", "address", l.Addr().String(), "error", err)
+		}
+	})
+}
+
+// StartHTTP serves the HTTP endpoints on l, which the Server owns from now on.
+// It may start long before StartGRPC, to answer /livez and /metrics.
+func (s *Server) StartHTTP(l net.Listener) {
+	if s.cfg.TLS != nil {
+		conf := s.cfg.TLS.Clone()
+		conf.NextProtos = []string{"h2", "http/1.1"}
+		l = tls.NewListener(l, conf)
+	}
+	s.serving.Go(func() {
+		if err := s.http.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
+			s.cfg.Logger.Error("HTTP listener failed", "address", l.Addr().String(), "error", err)
+		}
+	})
+}
+
+// Drain makes health checks fail, so that clients and balancers go elsewhere
+// while everything is still being answered.
+func (s *Server) Drain() {
+	s.ready.Store(false)
+	s.health.Shutdown()
+}
+
+func (s *Server) servingError() error {
+	if !s.ready.Load() {
+		return errors.New("clients are not served")
+	}
+	return nil
+}
+
+// Close stops listening, gives the requests under way DrainTimeout to end, and
+// returns when nothing of the Server runs any more. Idempotent.
+func (s *Server) Close() error {
+	s.closing.Do(func() {
+		s.Drain()
+		ctx, cancel := context.WithTimeout(context.Background(), s.cfg.DrainTimeout)
+		defer cancel()
+		var stopping sync.WaitGroup
+		stopping.Go(func() { stopGRPC(ctx, s.grpc) })
+		stopping.Go(func() {
+			if s.http.Shutdown(ctx) != nil {
+				_ = s.http.Close()
+			}
+			s.gateway.close(ctx) // its callers are the HTTP requests
+		})
+		stopping.Wait()
+		s.router.close()
+		s.serving.Wait()
+		s.metrics.unregister()
+	})
+	return nil
+}
+
+// stopGRPC stops gracefully until ctx is done, then at once.
+func stopGRPC(ctx context.Context, server *grpc.Server) {
+	stop := context.AfterFunc(ctx, server.Stop)
+	defer stop()
+	server.GracefulStop()
+}
