@@ -1,0 +1,58 @@
+package compare
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"sync"
+	"testing"
+
+	"kvd/integration/compare/servers"
+)
+
+var (
+	seedFlag      = flag.Uint64("seed", 0, "`seed` of the random calls; 0 draws a new one")
+	sequencesFlag = flag.Int("sequences", 3, "sequences of random calls, each on fresh servers")
+	callsFlag     = flag.Int("calls", 3000, "calls in a sequence")
+)
+
+// buildDir holds the binaries that the tests have built.
+var buildDir string
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	var err error
+	if buildDir, err = os.MkdirTemp("", "kvd-compare-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	code := m.Run()
+	os.RemoveAll(buildDir)
+	os.Exit(code)
+}
+
+var (
+	buildKVD     = sync.OnceValues(func() (string, error) { return servers.Build(context.Background(), servers.KVD, buildDir) })
+	buildEtcdctl = sync.OnceValues(func() (string, error) { return servers.Build(context.Background(), servers.Etcdctl, buildDir) })
+)
+
+// startKVD starts a fresh kvd cluster of real processes and returns its client addresses.
+func startKVD(t testing.TB, nodes int) []string {
+	t.Helper()
+	binary, err := buildKVD()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cluster, err := servers.StartKVD(t.Context(), binary, t.TempDir(), nodes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the end of the nodes' logs:\n%s", cluster.Logs())
+		}
+		cluster.Close()
+	})
+	return cluster.Endpoints()
+}
