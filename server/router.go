@@ -22,7 +22,7 @@ type router struct {
 	metrics *metrics
 	pending atomic.Int64 // bytes of writes under way
 
-	ctx    context.Context // ends when the router closes; for read rounds only
+	ctx    context.Context // ends when the router closes
 	cancel context.CancelFunc
 	rounds sync.WaitGroup
 
@@ -52,7 +52,7 @@ func newRouter(cfg *Config, m *metrics) *router {
 	return r
 }
 
-// close ends the read rounds and waits for them.
+// close ends what waits here, and the read rounds.
 func (r *router) close() {
 	r.mu.Lock()
 	r.closed = true
@@ -101,7 +101,7 @@ func (r *router) propose(ctx context.Context, w *write) (proto.Message, error) {
 		if !r.mayRetry(err) {
 			return nil, r.writeStatus(ctx, err)
 		}
-		if !wait(ctx, changed, attempt) {
+		if !r.wait(ctx, changed, attempt) {
 			return nil, r.writeStatus(ctx, err)
 		}
 		r.metrics.retries.Inc()
@@ -161,6 +161,8 @@ func (r *router) writeStatus(ctx context.Context, err error) error {
 	switch {
 	case errors.Is(ctx.Err(), context.Canceled):
 		return rpctypes.ErrGRPCCanceled
+	case definite && r.ctx.Err() != nil:
+		return rpctypes.ErrGRPCStopped
 	case definite:
 		return rpctypes.ErrGRPCTimeout
 	default:
@@ -215,7 +217,7 @@ func (r *router) readIndex(ctx context.Context, group uint64) (uint64, error) {
 		if err == nil {
 			return index, nil
 		}
-		if errors.Is(err, shard.ErrClosed) || !wait(ctx, changed, attempt) {
+		if errors.Is(err, shard.ErrClosed) || !r.wait(ctx, changed, attempt) {
 			return 0, r.readStatus(ctx, err)
 		}
 		r.metrics.retries.Inc()
@@ -224,10 +226,10 @@ func (r *router) readIndex(ctx context.Context, group uint64) (uint64, error) {
 
 func (r *router) readStatus(ctx context.Context, err error) error {
 	switch {
-	case errors.Is(err, shard.ErrClosed):
-		return rpctypes.ErrGRPCStopped
 	case errors.Is(ctx.Err(), context.Canceled):
 		return rpctypes.ErrGRPCCanceled
+	case errors.Is(err, shard.ErrClosed) || r.ctx.Err() != nil:
+		return rpctypes.ErrGRPCStopped
 	default:
 		return rpctypes.ErrGRPCTimeout
 	}
@@ -242,14 +244,15 @@ func (r *router) withDeadline(ctx context.Context) (context.Context, context.Can
 }
 
 // wait returns true when it is time for another attempt, false when ctx is
-// done.
-func wait(ctx context.Context, changed <-chan struct{}, attempt int) bool {
+// done or the router closed.
+func (r *router) wait(ctx context.Context, changed <-chan struct{}, attempt int) bool {
 	timer := time.NewTimer(min(minBackoff<<min(attempt, 8), maxBackoff))
 	defer timer.Stop()
 	select {
 	case <-changed:
 	case <-timer.C:
 	case <-ctx.Done():
+	case <-r.ctx.Done():
 	}
-	return ctx.Err() == nil
+	return ctx.Err() == nil && r.ctx.Err() == nil
 }
