@@ -244,6 +244,11 @@ func (f *Formation) CompleteRejoin(resp RejoinResponse) (Outcome, error) {
 	if node, _, _ := ParseReplicaID(resp.Replica); node != f.machine.set.Name {
 		return Outcome{}, fmt.Errorf("%w: rejoin gave this node the replica %s", ErrInvalid, resp.Replica)
 	}
+	if r := resp.Record; r != nil {
+		if err := f.machine.set.compare(r.Token, r.Strategy, r.Shards, "the cluster", "start it with the cluster's"); err != nil {
+			return Outcome{}, err
+		}
+	}
 	if id, record := f.cfg.Dir.state(); id.ClusterID != 0 || record != nil {
 		return Outcome{}, errors.New("rejoin: this node is bound to a cluster already")
 	}

@@ -93,12 +93,11 @@ func (s *Status) validateCluster() error {
 	if err := s.Record.Validate(); err != nil {
 		return err
 	}
-	own := Settings{Token: s.Token, Strategy: s.Strategy, Shards: s.Shards}
-	if err := own.compare(s.Record.Token, s.Record.Strategy, s.Record.Shards, "its bootstrap record", "malformed status"); err != nil {
-		return fmt.Errorf("%w: %w", ErrInvalid, err)
-	}
 	if s.ClusterID != 0 && s.ClusterID != s.Record.ClusterID || s.ClusterID == 0 && !s.Record.Names(s.Name, s.Incarnation) {
 		return fmt.Errorf("%w: %s holds a record that is not its own", ErrInvalid, s.Name)
+	}
+	if s.Record.Token != s.Token || s.Record.Strategy != s.Strategy || s.Record.Shards != s.Shards {
+		return fmt.Errorf("%w: %s holds a record of other settings", ErrInvalid, s.Name)
 	}
 	return nil
 }
