@@ -80,14 +80,10 @@ func (s *Server) recovered(method string, p any) error {
 // admit checks what clients say of themselves. One that asked for a leader
 // (clientv3.WithRequireLeader) does not want to wait for an election.
 func (s *Server) admit(ctx context.Context) error {
-	md, ok := metadata.FromIncomingContext(ctx)
-	if !ok {
-		return nil
-	}
-	if v := md[rpctypes.MetadataClientAPIVersionKey]; len(v) > 0 && !utf8.ValidString(v[0]) {
+	if v := metadata.ValueFromIncomingContext(ctx, rpctypes.MetadataClientAPIVersionKey); len(v) > 0 && !utf8.ValidString(v[0]) {
 		return rpctypes.ErrGRPCInvalidClientAPIVersion
 	}
-	if v := md[rpctypes.MetadataRequireLeaderKey]; len(v) == 0 || v[0] != rpctypes.MetadataHasLeader {
+	if v := metadata.ValueFromIncomingContext(ctx, rpctypes.MetadataRequireLeaderKey); len(v) == 0 || v[0] != rpctypes.MetadataHasLeader {
 		return nil
 	}
 	if replica := s.cfg.Replica(userGroup); replica == nil || replica.Leader().Node == "" {

@@ -235,6 +235,32 @@ func TestWaitsThroughElection(t *testing.T) {
 	})
 }
 
+// What waits for a leader inside the process does not outlive the server.
+func TestWaitingEndsWithTheServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, mine, _, _ := follower(t, nil)
+		mine.elect("", false)
+		start := time.Now()
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			_, err := put(t.Context(), s)
+			sameStatus(t, err, rpctypes.ErrGRPCStopped)
+		})
+		wg.Go(func() {
+			_, err := s.KV().Range(t.Context(), &pb.RangeRequest{Key: []byte("k")})
+			sameStatus(t, err, rpctypes.ErrGRPCStopped)
+		})
+		synctest.Wait()
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		wg.Wait()
+		if took := time.Since(start); took >= time.Second {
+			t.Fatalf("took %v", took)
+		}
+	})
+}
+
 func TestWriteDeadlines(t *testing.T) {
 	hang := func(ctx context.Context, _ fsm.Request) (fsm.Result, error) {
 		<-ctx.Done()
