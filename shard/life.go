@@ -32,7 +32,9 @@ type life struct {
 
 	advancing atomic.Bool // a follower is being told of a commit
 
-	done     chan struct{}
+	ctx      context.Context // ends with this life
+	cancel   context.CancelFunc
+	done     <-chan struct{} // of ctx
 	stopOnce sync.Once
 	tasks    sync.WaitGroup
 }
@@ -63,9 +65,10 @@ func (r *Replica) startLife(st *state, bootstrap *raft.Configuration) error {
 		r: r, transport: transport, state: st,
 		snapshots: snapshot.NewStore(st.store, snapshot.Config{Logger: r.slog, Registerer: r.cfg.Registerer}),
 		notify:    make(chan bool, 64),
-		done:      make(chan struct{}),
 		tail:      newTail(r.cfg),
 	}
+	l.ctx, l.cancel = context.WithCancel(context.Background())
+	l.done = l.ctx.Done()
 	l.proposer = newProposer(l)
 	l.reads = newReads(l)
 
@@ -78,7 +81,7 @@ func (r *Replica) startLife(st *state, bootstrap *raft.Configuration) error {
 		return errors.Join(fmt.Errorf("shard: open raft: %w", err), transport.Close())
 	}
 	r.life.Store(l)
-	for _, task := range []func(){l.watchLeadership, l.watchObservations, l.proposer.run, l.proposer.complete, l.reads.run, l.watchDisk, l.watchTail} {
+	for _, task := range []func(){l.watchLeadership, l.watchObservations, l.proposer.run, l.proposer.complete, l.reads.run, l.watchState, l.watchDisk, l.watchTail} {
 		l.tasks.Go(task)
 	}
 	r.changed.fire()
@@ -119,27 +122,7 @@ func (r *Replica) bootstrap(conf *raft.Config, l *life, first *raft.Configuratio
 	return nil
 }
 
-func (l *life) stopped() bool {
-	select {
-	case <-l.done:
-		return true
-	default:
-		return false
-	}
-}
-
-// context ends with this life.
-func (l *life) context() (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithCancel(context.Background())
-	l.tasks.Go(func() {
-		select {
-		case <-l.done:
-			cancel()
-		case <-ctx.Done():
-		}
-	})
-	return ctx, cancel
-}
+func (l *life) stopped() bool { return l.ctx.Err() != nil }
 
 // stop ends this life and returns when nothing of it runs any more. State and
 // log stay open.
@@ -153,7 +136,7 @@ func (l *life) stop() {
 		drained := l.proposer.drain(4 * l.r.cfg.HeartbeatTimeout)
 		_ = l.snapshots.Close()
 		_ = l.raft.Shutdown().Error()
-		close(l.done)
+		l.cancel()
 		l.endEpoch()
 		if drained {
 			l.tasks.Wait()
@@ -254,14 +237,17 @@ func (l *life) serving(ctx context.Context) (*epoch, error) {
 
 // state is a state machine that readers pin.
 type state struct {
-	store *fsm.Store
+	store  *fsm.Store
+	closed chan struct{}
 
 	mu      sync.Mutex
 	refs    int
 	retired bool
 }
 
-func newState(store *fsm.Store) *state { return &state{store: store} }
+func newState(store *fsm.Store) *state {
+	return &state{store: store, closed: make(chan struct{})}
+}
 
 func (s *state) acquire() bool {
 	s.mu.Lock()
@@ -279,7 +265,7 @@ func (s *state) release() {
 	last := s.retired && s.refs == 0
 	s.mu.Unlock()
 	if last {
-		_ = s.store.Close()
+		_ = s.close()
 	}
 }
 
@@ -290,9 +276,26 @@ func (s *state) retire() error {
 	last := s.refs == 0
 	s.mu.Unlock()
 	if last {
-		return s.store.Close()
+		return s.close()
 	}
 	return nil
+}
+
+func (s *state) close() error {
+	defer close(s.closed)
+	return s.store.Close()
+}
+
+// waitClosed waits until the last reader of a retired state is done.
+func (s *state) waitClosed(limit time.Duration) error {
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case <-s.closed:
+		return nil
+	case <-timer.C:
+		return fmt.Errorf("shard: the state is still being read after %v", limit)
+	}
 }
 
 // broadcast wakes everyone who waits, once per fire.

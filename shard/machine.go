@@ -90,9 +90,7 @@ type truncation struct {
 
 // Persist implements raft.FSMSnapshot.
 func (t *truncation) Persist(sink raft.SnapshotSink) error {
-	ctx, cancel := t.l.context()
-	defer cancel()
-	if err := t.l.state.store.Flush(ctx, t.index); err != nil {
+	if err := t.l.state.store.Flush(t.l.ctx, t.index); err != nil {
 		return fmt.Errorf("make the state durable up to %d: %w", t.index, err)
 	}
 	t.l.r.metrics.truncations.Inc()

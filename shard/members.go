@@ -212,7 +212,6 @@ func (r *Replica) AdvanceFollower(node string, index uint64) {
 		req := &raft.AppendEntriesRequest{
 			RPCHeader:    raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: self, Addr: self},
 			Term:         e.term,
-			Leader:       self,
 			PrevLogEntry: index, PrevLogTerm: entry.Term,
 			LeaderCommitIndex: index,
 		}

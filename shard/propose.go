@@ -147,7 +147,6 @@ func (p *proposer) run() {
 			future := p.l.raft.Apply(entry.Bytes(), 0)
 			if p.l.r.cfg.Faults.AcknowledgeBeforeCommit {
 				acknowledgeNow(batch)
-				batch = nil
 			}
 			p.sent <- inflight{future, batch, start}
 		}

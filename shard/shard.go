@@ -244,8 +244,11 @@ func (r *Replica) Close() error {
 	l.stop()
 	r.changed.fire()
 	r.metrics.unregister()
-	return errors.Join(l.state.retire(), r.log.Close())
+	return errors.Join(l.state.retire(), l.state.waitClosed(closeWait), r.log.Close())
 }
+
+// closeWait bounds how long Close waits for readers of the state.
+const closeWait = 10 * time.Second
 
 // fail reports an error after which the replica must not go on.
 func (r *Replica) fail(err error) {
@@ -257,29 +260,37 @@ func (r *Replica) fail(err error) {
 
 // AcquireState waits until this replica's state has applied minIndex and pins
 // it: the state stays readable until release is called, even if a snapshot
-// replaces it. release must be called exactly once.
+// replaces it. release must be called exactly once, and soon: Close waits for
+// it.
 func (r *Replica) AcquireState(ctx context.Context, minIndex uint64) (_ *fsm.Store, release func(), _ error) {
 	for {
 		next := r.changed.wait()
 		l := r.life.Load()
-		if !l.state.acquire() {
-			if err := r.waitLife(ctx, l, next); err != nil {
+		if l.state.acquire() {
+			if l.state.store.AppliedIndex() >= minIndex {
+				return l.state.store, l.state.release, nil
+			}
+			err := l.waitApplied(ctx, minIndex)
+			if err == nil {
+				return l.state.store, l.state.release, nil
+			}
+			l.state.release()
+			if ctx.Err() != nil || !l.stopped() {
 				return nil, nil, err
 			}
-			continue
-		}
-		err := l.state.store.WaitApplied(ctx, minIndex)
-		if err == nil {
-			return l.state.store, l.state.release, nil
-		}
-		l.state.release()
-		if ctx.Err() != nil || !l.stopped() {
-			return nil, nil, err
 		}
 		if err := r.waitLife(ctx, l, next); err != nil {
 			return nil, nil, err
 		}
 	}
+}
+
+// waitApplied waits within this life.
+func (l *life) waitApplied(ctx context.Context, index uint64) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(l.ctx, cancel)()
+	return l.state.store.WaitApplied(ctx, index)
 }
 
 // waitLife waits until old is no longer the replica's life.

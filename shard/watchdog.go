@@ -5,6 +5,16 @@ import (
 	"time"
 )
 
+// watchState ends the process when the state can no longer be made durable: the
+// log could never be truncated again.
+func (l *life) watchState() {
+	select {
+	case <-l.state.store.Failed():
+		l.r.fail(l.state.store.Err())
+	case <-l.done:
+	}
+}
+
 // watchDisk guards against a disk that stalls: raft's main loop is stuck in the
 // write, but its heartbeats go on and would keep a leader that cannot commit
 // in office. Silencing the transport lets the others elect a new one.

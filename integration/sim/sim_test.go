@@ -1,0 +1,200 @@
+package sim
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"runtime"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"kvd/integration/linearizability"
+	"kvd/shard"
+)
+
+var (
+	hours = flag.Float64("sim.hours", 1, "virtual hours of the simulation in all")
+	seed  = flag.Uint64("sim.seed", 0, "seed of the first run; 0 = one from the clock")
+)
+
+// runFor is the virtual time of one run: a fresh cluster, one history.
+const runFor = 5 * time.Minute
+
+func firstSeed() uint64 {
+	if *seed != 0 {
+		return *seed
+	}
+	return uint64(time.Now().UnixNano())
+}
+
+// report is what one run showed.
+type report struct {
+	verdict error // of the checkers
+	halted  []string
+	summary linearizability.Summary
+	faults  map[string]int
+}
+
+// simulate runs one cluster of three nodes for a while, from one seed.
+func simulate(t *testing.T, seed uint64, duration time.Duration, faults shard.Faults, logs *lockedBuffer) (r report) {
+	dir := fastDir(t)
+	synctest.Test(t, func(t *testing.T) {
+		rng := rand.New(rand.NewPCG(seed, 1))
+		var mu sync.Mutex
+		w := newWorld(3, dir, faults, logs, func(node string, err error) {
+			mu.Lock()
+			defer mu.Unlock()
+			r.halted = append(r.halted, fmt.Sprintf("%s: %v", node, err))
+		})
+		ctx, cancel := context.WithTimeout(context.Background(), duration)
+		defer cancel()
+		var history linearizability.History
+		var windows []linearizability.Window
+		r.faults = make(map[string]int)
+		var running sync.WaitGroup
+		running.Go(func() { windows = w.nemesis(ctx, rng, &history, r.faults) })
+		var services []linearizability.Service
+		for i := range 6 {
+			services = append(services, service{w.hosts[w.names[i%len(w.names)]]})
+		}
+		linearizability.Traffic{
+			Services: services, Keys: []string{"a", "b", "c"}, Seed: seed, Think: 300 * time.Millisecond, Timeout: 5 * time.Second,
+		}.Run(ctx, &history)
+		running.Wait()
+		w.network.HealAll()
+		converged := w.converge()
+		ops := history.Ops()
+		r.summary = linearizability.Summarize(ops, windows)
+		r.verdict = errors.Join(converged, linearizability.Check(ops, linearizability.Config{Timeout: time.Minute, OneOrder: true}))
+		w.stop()
+	})
+	return r
+}
+
+// fastDir is a directory in memory where there is one: the simulation's state
+// files need no disk.
+func fastDir(t *testing.T) string {
+	dir, err := os.MkdirTemp("/dev/shm", "kvd-sim-")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+// lockedBuffer keeps the last part of the nodes' logs.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.b.Len() > 4<<20 {
+		l.b.Next(2 << 20)
+	}
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) save(t *testing.T) string {
+	f, err := os.CreateTemp("", "kvd-sim-*.log")
+	if err != nil {
+		return err.Error()
+	}
+	defer f.Close()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, err := f.Write(l.b.Bytes()); err != nil {
+		t.Log(err)
+	}
+	return f.Name()
+}
+
+// TestSimulation is an hour of three nodes that crash, are cut off, and see
+// slow links, while six clients work. Every history must be linearizable and
+// every replica must end in the same state.
+func TestSimulation(t *testing.T) {
+	first := firstSeed()
+	runs := max(1, int(*hours*float64(time.Hour)/float64(runFor)))
+	total := linearizability.Summary{ChangesDuring: make(map[string]int)}
+	faults := make(map[string]int)
+	var mu sync.Mutex
+	slots := make(chan struct{}, runtime.GOMAXPROCS(0))
+	for i := range runs {
+		seed := first + uint64(i)
+		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
+			t.Parallel()
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			var logs lockedBuffer
+			r := simulate(t, seed, runFor, shard.Faults{}, &logs)
+			if r.verdict != nil || len(r.halted) > 0 {
+				t.Errorf("repeat with -sim.seed=%d -sim.hours=0.01: %v; nodes that halted: %q; logs: %s", seed, r.verdict, r.halted, logs.save(t))
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			add(&total, r.summary)
+			for fault, n := range r.faults {
+				faults[fault] += n
+			}
+		})
+	}
+	t.Cleanup(func() {
+		t.Logf("%d runs of %v from seed %d: %+v, faults %v", runs, runFor, first, total, faults)
+		if err := total.Vacuous(); err != nil && runs > 3 {
+			t.Error(err)
+		}
+	})
+}
+
+func add(total *linearizability.Summary, s linearizability.Summary) {
+	total.Operations += s.Operations
+	total.Unknown += s.Unknown
+	total.Puts += s.Puts
+	total.Swaps += s.Swaps
+	total.RefusedSwaps += s.RefusedSwaps
+	total.Deletes += s.Deletes
+	total.Reads += s.Reads
+	total.Overlaps += s.Overlaps
+	for fault, n := range s.ChangesDuring {
+		total.ChangesDuring[fault] += n
+	}
+}
+
+// TestPlantedFaultsAreCaught runs the same simulation over nodes with a bug,
+// and fails if no seed shows it.
+func TestPlantedFaultsAreCaught(t *testing.T) {
+	for name, faults := range map[string]shard.Faults{
+		"reads without confirmation": {ReadWithoutConfirmation: true},
+		"acknowledged before commit": {AcknowledgeBeforeCommit: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			first := firstSeed()
+			for seed := first; seed < first+20; seed++ {
+				var logs lockedBuffer
+				r := simulate(t, seed, runFor, faults, &logs)
+				if errors.Is(r.verdict, linearizability.ErrViolation) {
+					t.Logf("caught with seed %d, run %d: %v", seed, seed-first+1, firstLine(r.verdict))
+					return
+				}
+			}
+			t.Errorf("20 runs from seed %d saw nothing wrong", first)
+		})
+	}
+}
+
+func firstLine(err error) string {
+	text := []byte(err.Error())
+	if i := slices.Index(text, '\n'); i >= 0 {
+		text = text[:i]
+	}
+	return string(text)
+}

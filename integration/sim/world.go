@@ -1,0 +1,320 @@
+package sim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"kvd/integration/linearizability"
+	"kvd/node"
+	"kvd/shard"
+	"kvd/transport"
+)
+
+// world is one cluster in one synctest bubble.
+type world struct {
+	network *transport.MemoryNetwork
+	peers   map[string]string
+	names   []string
+	hosts   map[string]*host
+	faults  shard.Faults
+	logs    io.Writer
+	halted  func(node string, err error)
+}
+
+// host is one machine: its disk survives, what runs on it does not.
+type host struct {
+	w    *world
+	name string
+	disk *disk
+
+	mu      sync.Mutex
+	running *life
+}
+
+// life is one run of the node process.
+type life struct {
+	cancel context.CancelFunc
+	done   chan struct{} // the node has stopped
+
+	mu   sync.Mutex
+	node *node.Node // nil until it has started
+}
+
+func newWorld(nodes int, dir string, faults shard.Faults, logs io.Writer, halted func(string, error)) *world {
+	w := &world{
+		network: transport.NewMemoryNetwork(), peers: make(map[string]string), hosts: make(map[string]*host),
+		faults: faults, logs: logs, halted: halted,
+	}
+	for i := range nodes {
+		name := fmt.Sprintf("n%d", i+1)
+		w.names = append(w.names, name)
+		w.peers[name] = address(name)
+		w.hosts[name] = &host{w: w, name: name, disk: newDisk(filepath.Join(dir, name))}
+	}
+	for _, h := range w.hosts {
+		h.start()
+	}
+	return w
+}
+
+func address(name string) string { return name + ":1" }
+
+// network of one host.
+type hostNetwork struct {
+	*transport.MemoryNetwork
+	dial func(context.Context, string) (net.Conn, error)
+}
+
+func (n hostNetwork) Dial(ctx context.Context, addr string) (net.Conn, error) {
+	return n.dial(ctx, addr)
+}
+
+func (h *host) start() {
+	ctx, cancel := context.WithCancel(context.Background())
+	l := &life{cancel: cancel, done: make(chan struct{})}
+	h.mu.Lock()
+	h.running = l
+	h.mu.Unlock()
+	go func() {
+		defer close(l.done)
+		n, err := node.Start(ctx, h.config())
+		if err != nil {
+			if ctx.Err() == nil {
+				h.w.halted(h.name, err)
+			}
+			return
+		}
+		l.mu.Lock()
+		l.node = n
+		l.mu.Unlock()
+		<-ctx.Done()
+		if err := n.Abort(); err != nil {
+			h.w.halted(h.name, err)
+		}
+	}()
+}
+
+func (h *host) config() node.Config {
+	return node.Config{
+		Name: h.name, DataDir: h.disk.dir, Peers: h.w.peers,
+		ListenClient: "none", ListenHTTP: "none", ListenPeer: address(h.name),
+		// Small, so that an hour sees many truncations and snapshots.
+		SnapshotEntries: 200, TrailingEntries: 50,
+		MinDiskFree: 1,
+		Network:     hostNetwork{h.w.network, h.w.network.Dialer(address(h.name))},
+		OpenLog: func(_ string, group uint64, guard func() uint64) (shard.LogStore, error) {
+			return h.disk.log(group, guard), nil
+		},
+		NoSync:  true,
+		Logger:  slog.New(slog.NewTextHandler(h.w.logs, &slog.HandlerOptions{Level: slog.LevelInfo})).With("on", h.name),
+		OnFatal: func(err error) { h.w.halted(h.name, err) },
+		Faults:  h.w.faults,
+	}
+}
+
+// crash ends the process on the host: connections break, the disk stays.
+func (h *host) crash() {
+	h.mu.Lock()
+	l := h.running
+	h.running = nil
+	h.mu.Unlock()
+	if l == nil {
+		return
+	}
+	h.w.network.DropAll(address(h.name))
+	l.cancel()
+	<-l.done
+}
+
+func (h *host) up() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.running != nil
+}
+
+func (h *host) node() *node.Node {
+	h.mu.Lock()
+	l := h.running
+	h.mu.Unlock()
+	if l == nil {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.node
+}
+
+func (w *world) stop() {
+	w.network.HealAll()
+	for _, h := range w.hosts {
+		h.crash()
+	}
+}
+
+// leader is the name of the node that serves as leader; empty if there is none.
+func (w *world) leader() string {
+	for _, name := range w.names {
+		if n := w.hosts[name].node(); n != nil && n.Replica() != nil && n.Replica().Serving() {
+			return name
+		}
+	}
+	return ""
+}
+
+// service is the key-value service of one host, as a client of it sees it.
+type service struct{ h *host }
+
+func call[Q, A any](ctx context.Context, h *host, do func(pb.KVServer, context.Context, Q) (A, error), request Q) (A, error) {
+	n := h.node()
+	if n == nil {
+		var none A
+		return none, fmt.Errorf("%w: the node is down", linearizability.ErrNotSent)
+	}
+	return do(n.KV(), ctx, request)
+}
+
+func (s service) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
+	return call(ctx, s.h, pb.KVServer.Range, r)
+}
+
+func (s service) Put(ctx context.Context, r *pb.PutRequest) (*pb.PutResponse, error) {
+	return call(ctx, s.h, pb.KVServer.Put, r)
+}
+
+func (s service) DeleteRange(ctx context.Context, r *pb.DeleteRangeRequest) (*pb.DeleteRangeResponse, error) {
+	return call(ctx, s.h, pb.KVServer.DeleteRange, r)
+}
+
+func (s service) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
+	return call(ctx, s.h, pb.KVServer.Txn, r)
+}
+
+// nemesis breaks one thing at a time until ctx is done, and repairs it.
+func (w *world) nemesis(ctx context.Context, rng *rand.Rand, h *linearizability.History, counts map[string]int) []linearizability.Window {
+	var windows []linearizability.Window
+	for {
+		if !pause(ctx, time.Duration(2+rng.IntN(8))*time.Second) {
+			return windows
+		}
+		fault, repair := w.inject(rng)
+		from := h.Now()
+		ok := pause(ctx, time.Duration(3+rng.IntN(12))*time.Second)
+		windows = append(windows, linearizability.Window{Fault: fault, From: from, To: h.Now()})
+		counts[fault]++
+		repair()
+		if !ok {
+			return windows
+		}
+	}
+}
+
+func (w *world) inject(rng *rand.Rand) (fault string, repair func()) {
+	victim := w.names[rng.IntN(len(w.names))]
+	if leader := w.leader(); leader != "" && rng.IntN(2) == 0 {
+		victim = leader
+	}
+	others := slices.DeleteFunc(slices.Clone(w.names), func(n string) bool { return n == victim })
+	switch rng.IntN(7) {
+	case 0:
+		w.hosts[victim].crash()
+		return "crash", w.hosts[victim].start
+	case 1:
+		for _, name := range w.names {
+			w.hosts[name].crash()
+		}
+		for _, name := range w.names {
+			w.hosts[name].start()
+		}
+		return "crash of all", func() {}
+	case 2:
+		w.network.Isolate(address(victim))
+		return "isolation", func() { w.network.Rejoin(address(victim)) }
+	case 3: // one way: the victim is heard, but hears nothing
+		for _, name := range others {
+			w.network.Partition(address(name), address(victim))
+		}
+		return "deafness", func() {
+			for _, name := range others {
+				w.network.Heal(address(name), address(victim))
+			}
+		}
+	case 4:
+		for _, name := range others {
+			w.network.Partition(address(victim), address(name))
+		}
+		return "muteness", func() {
+			for _, name := range others {
+				w.network.Heal(address(victim), address(name))
+			}
+		}
+	case 5: // a leader that cannot notice that it has been replaced
+		w.hosts[victim].disk.stall(time.Now().Add(time.Duration(2+rng.IntN(8)) * time.Second))
+		w.network.Isolate(address(victim))
+		return "isolation with a stalled disk", func() {
+			w.hosts[victim].disk.stall(time.Time{})
+			w.network.Rejoin(address(victim))
+		}
+	default:
+		slow := time.Duration(20+rng.IntN(600)) * time.Millisecond
+		for _, name := range others {
+			w.network.Delay(address(victim), address(name), slow)
+			w.network.Delay(address(name), address(victim), slow)
+		}
+		return "slow links", func() {
+			for _, name := range others {
+				w.network.Delay(address(victim), address(name), 0)
+				w.network.Delay(address(name), address(victim), 0)
+			}
+		}
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+var errNotConverged = errors.New("sim: the nodes did not converge")
+
+// converge waits until all nodes have applied the same index, and checks that
+// they have the same state (I4).
+func (w *world) converge() error {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	for pause(ctx, time.Second) {
+		digests := make(map[[2]uint64]bool)
+		for _, name := range w.names {
+			n := w.hosts[name].node()
+			if n == nil || n.Replica() == nil {
+				digests[[2]uint64{}] = true
+				continue
+			}
+			state, release, err := n.Replica().AcquireState(ctx, 0)
+			if err != nil {
+				return err
+			}
+			index, digest := state.Digest()
+			release()
+			digests[[2]uint64{index, digest}] = true
+		}
+		if len(digests) == 1 && !digests[[2]uint64{}] {
+			return nil
+		}
+	}
+	return errNotConverged
+}

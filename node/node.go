@@ -1,0 +1,372 @@
+// Package node builds one kvd node: production, tests and simulation all start
+// nodes here. Start reads from top to bottom, and Close is its reverse.
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"kvd/fsm"
+	"kvd/node/bootstrap"
+	"kvd/placement"
+	"kvd/server"
+	"kvd/shard"
+	"kvd/shard/raftlog"
+	"kvd/transport"
+)
+
+// Node is one running kvd node. All methods are safe for concurrent use.
+type Node struct {
+	cfg       Config
+	log       *slog.Logger
+	dir       *bootstrap.Dir
+	book      *bootstrap.Book
+	formation *bootstrap.Formation
+	transport *transport.Transport
+	server    *server.Server
+
+	mu         sync.Mutex
+	member     bootstrap.Outcome // zero until this node is a member
+	replica    *shard.Replica    // of group 0; nil until this node is a member
+	reconciler *placement.Reconciler
+
+	ready   chan struct{}
+	cancel  context.CancelFunc
+	tasks   sync.WaitGroup
+	closing sync.Once
+	closed  error
+}
+
+// group0 is the group that every node takes part in.
+const group0 = 0
+
+// Start starts a node and returns when it takes part in its cluster; whether it
+// can serve yet is another matter (Ready). A node of a new cluster waits here
+// for its peers, until ctx ends. An error says in one line what to correct.
+func Start(ctx context.Context, cfg Config) (*Node, error) {
+	cfg.setDefaults()
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	if cfg.Network == nil {
+		network, err := newTCPNetwork(cfg.PeerTLS)
+		if err != nil {
+			return nil, fmt.Errorf("--peer-cert-file, --peer-key-file, --peer-trusted-ca-file: %w", err)
+		}
+		cfg.Network = network
+	}
+	n := &Node{cfg: cfg, log: cfg.Logger, ready: make(chan struct{})}
+	background, cancel := context.WithCancel(context.Background())
+	n.cancel = cancel
+	if err := n.start(ctx, background); err != nil {
+		return nil, errors.Join(err, n.Abort())
+	}
+	return n, nil
+}
+
+func (n *Node) start(ctx, background context.Context) error {
+	var err error
+	if n.dir, err = bootstrap.Open(n.cfg.DataDir, n.cfg.settings()); err != nil {
+		return err
+	}
+	n.book = n.dir.Book(n.log)
+
+	listeners, err := n.listen()
+	if err != nil {
+		return err
+	}
+	if err := n.connect(listeners); err != nil {
+		return errors.Join(err, listeners.close())
+	}
+	if listeners.http != nil {
+		n.server.StartHTTP(listeners.http)
+		listeners.http = nil
+	}
+	if err := n.join(ctx); err != nil {
+		return errors.Join(err, listeners.close())
+	}
+	if err := n.openReplica(); err != nil {
+		return errors.Join(err, listeners.close())
+	}
+	n.reconcile()
+	if listeners.client != nil {
+		n.server.StartGRPC(listeners.client)
+	}
+	n.tasks.Go(func() { n.awaitReady(background) })
+	return nil
+}
+
+// connect makes the transport and the server, and lets them answer each
+// other's calls before this node's replica takes part in its group.
+func (n *Node) connect(l *listeners) error {
+	peer := l.peer
+	l.peer = nil // the transport's, also if it fails
+	var err error
+	n.transport, err = transport.New(transport.Config{
+		Identity: n.identity, Listener: peer, Dial: n.cfg.Network.Dial, Resolve: n.resolve, OnPeer: n.learn,
+		Logger: n.log, Registerer: n.cfg.Registry,
+	})
+	if err != nil {
+		return err
+	}
+	n.formation, err = bootstrap.New(bootstrap.Config{Dir: n.dir, Asker: n.transport, Logger: n.log, Members: n.bootstrapMembers})
+	if err != nil {
+		return err
+	}
+	clientTLS, err := n.cfg.clientTLS()
+	if err != nil {
+		return err
+	}
+	n.server, err = server.New(server.Config{
+		Node:         n.cfg.Name,
+		Replica:      n.replicaOf,
+		Cluster:      cluster{n},
+		Peers:        n.transport,
+		NotDelivered: notDelivered,
+		NoSpace:      newDiskGuard(n.cfg.DataDir, n.cfg.MinDiskFree).full,
+		TLS:          clientTLS,
+		Pprof:        n.cfg.Pprof, Version: n.cfg.Version,
+		Logger: n.log, Registerer: n.cfg.Registry, Gatherer: n.cfg.Registry,
+	})
+	if err != nil {
+		return err
+	}
+	for method, handle := range n.server.Handlers() {
+		n.transport.Handle(method, func(ctx context.Context, from transport.Peer, payload []byte) ([]byte, error) {
+			return handle(ctx, from.Node, payload)
+		})
+	}
+	n.transport.HandleAsk(bootstrap.MethodStatus, func(ctx context.Context, _ transport.Peer, payload []byte) ([]byte, error) {
+		return n.formation.HandleAsk(ctx, payload)
+	})
+	n.handleRejoins()
+	return nil
+}
+
+// openReplica opens this node's replica of group 0, creating its files if this
+// node has never opened it. A replica whose files are lost is never made anew:
+// it has forgotten its votes (docs/design.md section 7).
+func (n *Node) openReplica() error {
+	id := raft.ServerID(n.outcome().Replica)
+	cfg := n.shardConfig(id)
+	if used := n.dir.MayCreate(group0, string(id)); used == nil {
+		if err := os.RemoveAll(cfg.Dir); err != nil {
+			return fmt.Errorf("clear %s: %w", cfg.Dir, err)
+		}
+		if err := shard.Create(cfg); err != nil {
+			return err
+		}
+		if err := n.dir.MarkCreated(group0, string(id)); err != nil {
+			return err
+		}
+	} else if lost := missing(cfg.Dir, n.cfg.OpenLog == nil); lost != "" {
+		return fmt.Errorf("%s is missing: %w", lost, used)
+	}
+	replica, err := shard.Open(cfg)
+	if err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.replica = replica
+	return nil
+}
+
+// reconcile begins to keep group 0's members what the cluster map says, for
+// whenever this node leads.
+func (n *Node) reconcile() {
+	r := placement.Start(placement.Config{Replica: n.Replica(), Founders: n.founders(), Logger: n.log})
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.reconciler = r
+}
+
+// missing names a file without which the replica is not itself.
+func missing(dir string, withLog bool) string {
+	files := []string{shard.StateFile}
+	if withLog {
+		files = append(files, logFile)
+	}
+	for _, name := range files {
+		path := filepath.Join(dir, name)
+		if _, err := os.Stat(path); err != nil {
+			return path
+		}
+	}
+	return ""
+}
+
+const logFile = "raft.db"
+
+func (n *Node) shardConfig(id raft.ServerID) shard.Config {
+	outcome := n.outcome()
+	dir := filepath.Join(n.cfg.DataDir, "groups", "0")
+	cfg := shard.Config{
+		Group: group0, ClusterID: outcome.ClusterID, Replica: id, Dir: dir,
+		NewTransport: func(install shard.InstallFunc) (shard.Transport, error) {
+			return n.transport.Group(group0, raft.ServerAddress(id), transport.InstallFunc(install))
+		},
+		OpenLog: func(guard func() uint64) (shard.LogStore, error) {
+			if n.cfg.OpenLog != nil {
+				return n.cfg.OpenLog(dir, group0, guard)
+			}
+			return raftlog.Open(raftlog.Options{
+				Path: filepath.Join(dir, logFile), Guard: guard, NoSync: n.cfg.NoSync,
+				Logger: n.log, Registerer: n.cfg.Registry,
+			})
+		},
+		State:            fsm.Config{NoSync: n.cfg.NoSync},
+		HeartbeatTimeout: n.cfg.HeartbeatTimeout, ElectionTimeout: n.cfg.ElectionTimeout,
+		SnapshotEntries: n.cfg.SnapshotEntries, SnapshotBytes: n.cfg.SnapshotBytes, TrailingEntries: n.cfg.TrailingEntries,
+		OnFatal: n.cfg.OnFatal, Logger: n.log, Registerer: n.cfg.Registry,
+		Faults: n.cfg.Faults,
+	}
+	if outcome.Founder {
+		cfg.Bootstrap = &raft.Configuration{}
+		for _, m := range outcome.Record.Members {
+			cfg.Bootstrap.Servers = append(cfg.Bootstrap.Servers, raft.Server{ID: raft.ServerID(m.Replica), Address: raft.ServerAddress(m.Replica)})
+		}
+	}
+	return cfg
+}
+
+// awaitReady waits for the first linearizable read that this node answers.
+func (n *Node) awaitReady(ctx context.Context) {
+	for ctx.Err() == nil {
+		attempt, cancel := context.WithTimeout(ctx, 5*time.Second)
+		_, err := n.server.KV().Range(attempt, &pb.RangeRequest{Key: []byte{0}, CountOnly: true})
+		cancel()
+		if err == nil {
+			close(n.ready)
+			n.log.Info("ready to serve client requests", "node", n.cfg.Name, "client", n.cfg.ListenClient, "cluster", fmt.Sprintf("%016x", n.dir.ClusterID()))
+			return
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// Ready is closed when the node has answered its first linearizable read.
+func (n *Node) Ready() <-chan struct{} { return n.ready }
+
+// KV is the key-value service, for callers inside the process.
+func (n *Node) KV() pb.KVServer { return n.server.KV() }
+
+// outcome is what this node is in its cluster.
+func (n *Node) outcome() bootstrap.Outcome {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.member
+}
+
+// Replica is this node's replica of group 0; nil before it is a member.
+func (n *Node) Replica() *shard.Replica {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.replica
+}
+
+// Close hands the leadership over if this node has it, answers the requests
+// under way and stops the node. Idempotent.
+func (n *Node) Close() error {
+	n.closing.Do(func() {
+		n.server.Drain()
+		n.handOver()
+		n.closed = n.stop()
+	})
+	return n.closed
+}
+
+// Abort stops the node as a crash would, as far as others can see: nothing is
+// handed over and nobody is told.
+func (n *Node) Abort() error {
+	n.closing.Do(func() {
+		if n.transport != nil {
+			_ = n.transport.Close()
+		}
+		n.closed = n.stop()
+	})
+	return n.closed
+}
+
+func (n *Node) handOver() {
+	replica := n.Replica()
+	if replica == nil || !replica.Serving() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*n.cfg.ElectionTimeout)
+	defer cancel()
+	if err := replica.TransferLeadership(ctx, ""); err != nil && !errors.Is(err, shard.ErrNotLeader) {
+		n.log.Info("the leadership could not be handed over", "error", err)
+	}
+}
+
+// stop stops whatever of the node runs, in the reverse order of start.
+func (n *Node) stop() error {
+	n.cancel()
+	var errs []error
+	if n.server != nil {
+		errs = append(errs, n.server.Close())
+	}
+	n.tasks.Wait()
+	if n.reconciler != nil {
+		n.reconciler.Close()
+	}
+	if replica := n.Replica(); replica != nil {
+		errs = append(errs, replica.Close())
+	}
+	if n.transport != nil {
+		errs = append(errs, n.transport.Close())
+	}
+	if n.dir != nil {
+		errs = append(errs, n.dir.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// listeners are what start has opened and nobody owns yet.
+type listeners struct{ client, peer, http net.Listener }
+
+func (l *listeners) close() error {
+	var errs []error
+	for _, x := range []net.Listener{l.client, l.peer, l.http} {
+		if x != nil {
+			errs = append(errs, x.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// listen opens every port first, so that one in use is reported at once.
+func (n *Node) listen() (*listeners, error) {
+	l := &listeners{}
+	var err error
+	open := func(to *net.Listener, flag, addr string, listen func(string) (net.Listener, error)) {
+		if err != nil || addr == noListener {
+			return
+		}
+		if *to, err = listen(addr); err != nil {
+			err = fmt.Errorf("%s %s: %w: is another process using the port?", flag, addr, err)
+		}
+	}
+	tcp := func(addr string) (net.Listener, error) { return net.Listen("tcp", addr) }
+	open(&l.peer, "--listen-peer", n.cfg.ListenPeer, n.cfg.Network.Listen)
+	open(&l.client, "--listen-client", n.cfg.ListenClient, tcp)
+	open(&l.http, "--listen-http", n.cfg.ListenHTTP, tcp)
+	if err != nil {
+		return nil, errors.Join(err, l.close())
+	}
+	return l, nil
+}

@@ -1,0 +1,150 @@
+package node
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"time"
+
+	"kvd/node/bootstrap"
+	"kvd/placement"
+	"kvd/transport"
+)
+
+const (
+	methodPing   = "node.ping"   // answered with the incarnation
+	methodRejoin = "node.rejoin" // forwarded to group 0's leader
+	pingTimeout  = time.Second
+)
+
+// join forms a new cluster with the peers, or finds the one that this node is,
+// or was, a member of.
+func (n *Node) join(ctx context.Context) error {
+	outcome, err := n.formation.Run(ctx)
+	for err == nil && outcome.Rejoin != nil {
+		outcome, err = n.rejoin(ctx, outcome.Rejoin)
+		var refused *bootstrap.RefusedError
+		if err == nil || errors.As(err, &refused) && !refused.Retryable() {
+			break
+		}
+		n.log.Info("waiting to rejoin the cluster", "reason", err)
+		select {
+		case <-time.After(time.Second):
+			outcome, err = n.formation.Run(ctx)
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.member = outcome
+	return err
+}
+
+// rejoin asks the members in turn to let this node back in.
+func (n *Node) rejoin(ctx context.Context, r *bootstrap.Rejoin) (bootstrap.Outcome, error) {
+	payload, err := bootstrap.NewRejoinRequest(n.dir, *r).Encode()
+	if err != nil {
+		return bootstrap.Outcome{}, err
+	}
+	var errs []error
+	for _, addr := range r.Via {
+		attempt, cancel := context.WithTimeout(ctx, 10*time.Second)
+		answer, err := n.transport.Ask(attempt, addr, bootstrap.MethodRejoin, payload)
+		cancel()
+		if err == nil {
+			var response bootstrap.RejoinResponse
+			if response, err = bootstrap.DecodeRejoinResponse(answer); err == nil {
+				var outcome bootstrap.Outcome
+				if outcome, err = n.formation.CompleteRejoin(response); err == nil {
+					return outcome, nil
+				}
+			}
+		}
+		errs = append(errs, fmt.Errorf("%s: %w", addr, err))
+	}
+	return bootstrap.Outcome{}, errors.Join(errs...)
+}
+
+// handleRejoins lets nodes that lost their directories back in, through any
+// member.
+func (n *Node) handleRejoins() {
+	n.transport.Handle(methodPing, func(context.Context, transport.Peer, []byte) ([]byte, error) {
+		return binary.BigEndian.AppendUint64(nil, n.dir.Incarnation()), nil
+	})
+	n.transport.Handle(methodRejoin, func(ctx context.Context, _ transport.Peer, payload []byte) ([]byte, error) {
+		return n.admit(ctx, payload).Encode()
+	})
+	n.transport.HandleAsk(bootstrap.MethodRejoin, func(ctx context.Context, _ transport.Peer, payload []byte) ([]byte, error) {
+		replica := n.Replica()
+		if replica == nil {
+			return refuse(bootstrap.NotNow, "this node is not a member yet").Encode()
+		}
+		leader := replica.Leader()
+		switch {
+		case leader.Node == n.cfg.Name:
+			return n.admit(ctx, payload).Encode()
+		case leader.Node == "":
+			return refuse(bootstrap.NotNow, "the cluster has no leader now").Encode()
+		}
+		answer, err := n.transport.Call(ctx, leader.Node, methodRejoin, payload)
+		if err != nil {
+			return refuse(bootstrap.NotNow, "the leader cannot be reached: "+err.Error()).Encode()
+		}
+		return answer, nil
+	})
+}
+
+func refuse(reason bootstrap.Reason, detail string) bootstrap.RejoinResponse {
+	return bootstrap.Refuse(&bootstrap.RefusedError{Reason: reason, Detail: detail})
+}
+
+// admit decides on the leader about a node that wants to rejoin.
+func (n *Node) admit(ctx context.Context, payload []byte) bootstrap.RejoinResponse {
+	request, err := bootstrap.DecodeRejoinRequest(payload)
+	if err != nil {
+		return refuse(bootstrap.OtherSettings, err.Error())
+	}
+	n.mu.Lock()
+	reconciler := n.reconciler
+	n.mu.Unlock()
+	if reconciler == nil {
+		return refuse(bootstrap.NotNow, "the leader is starting")
+	}
+	members, err := reconciler.Members(ctx)
+	if err != nil {
+		return refuse(bootstrap.NotNow, err.Error())
+	}
+	judge := bootstrap.Cluster{
+		ClusterID: n.dir.ClusterID(), Token: n.cfg.ClusterToken, Strategy: n.cfg.Strategy,
+		Reporting: func(m bootstrap.Member) bool { return n.answers(ctx, m) },
+	}
+	current := make(map[string]placement.Member)
+	for _, m := range members {
+		current[m.Name] = m
+		judge.Members = append(judge.Members, bootstrap.Member{Name: m.Name, Incarnation: m.Incarnation, Replica: string(m.Replica)})
+	}
+	old, already, refusal := judge.Judge(request)
+	if refusal != nil {
+		return bootstrap.Refuse(refusal)
+	}
+	next := current[old.Name]
+	if !already {
+		if next, err = reconciler.Replace(ctx, next, request.Incarnation); err != nil {
+			return refuse(bootstrap.NotNow, err.Error())
+		}
+	}
+	return bootstrap.RejoinResponse{ClusterID: n.dir.ClusterID(), Replica: string(next.Replica), Record: n.outcome().Record}
+}
+
+// answers reports whether exactly that incarnation of a node is alive.
+func (n *Node) answers(ctx context.Context, m bootstrap.Member) bool {
+	if m.Name == n.cfg.Name {
+		return m.Incarnation == n.dir.Incarnation()
+	}
+	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
+	defer cancel()
+	answer, err := n.transport.Call(ctx, m.Name, methodPing, nil)
+	return err == nil && len(answer) == 8 && binary.BigEndian.Uint64(answer) == m.Incarnation
+}
