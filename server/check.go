@@ -160,19 +160,32 @@ func (w *writes) addPut(key string, exclusive map[string]struct{}) error {
 	return nil
 }
 
-// keyRanges is a set of keys, kept as disjoint ranges [begin, end). The zero
-// value is empty.
+// keyRanges is a set of keys, kept as disjoint ranges [begin, end) and perhaps
+// one without an end. The zero value is empty.
 type keyRanges struct {
 	ends btree.Map[string, string] // by begin
+	open bool                      // all keys from tail on
+	tail string
 }
 
-// add takes a request's key and range end. A range up to "\x00", which means
-// "no end" elsewhere, is empty here as it is in etcd's check.
+// add takes a request's key and range end. etcd's check overlooks the ranges
+// without an end ("\x00"), and a key that such a transaction deletes and puts
+// is then lost by a compaction at its revision; kvd refuses it like any other.
 func (s *keyRanges) add(begin, end string) {
-	if end == "" {
-		end = begin + "\x00"
+	switch end {
+	case "":
+		s.insert(begin, begin+"\x00")
+	case "\x00":
+		s.insertTail(begin)
+	default:
+		s.insert(begin, end)
 	}
-	s.insert(begin, end)
+}
+
+func (s *keyRanges) insertTail(begin string) {
+	if !s.open || begin < s.tail {
+		s.open, s.tail = true, begin
+	}
 }
 
 func (s *keyRanges) insert(begin, end string) {
@@ -208,7 +221,7 @@ func (s *keyRanges) before(key string) (begin, end string, ok bool) {
 
 func (s *keyRanges) contains(key string) bool {
 	_, end, ok := s.before(key)
-	return ok && key < end
+	return ok && key < end || s.open && key >= s.tail
 }
 
 func (s *keyRanges) union(other *keyRanges) {
@@ -216,6 +229,9 @@ func (s *keyRanges) union(other *keyRanges) {
 		s.insert(begin, end)
 		return true
 	})
+	if other.open {
+		s.insertTail(other.tail)
+	}
 }
 
 // isReadOnly reports whether a transaction consists of ranges only.

@@ -65,7 +65,10 @@ func TestCheckTxn(t *testing.T) {
 		"put and delete":     {&pb.TxnRequest{Failure: list(opPut("b"), opDelete("a", "c"))}, rpctypes.ErrGRPCDuplicateKey},
 		"put beside delete":  {&pb.TxnRequest{Success: list(opPut("c"), opDelete("a", "c"))}, nil},
 		"delete twice":       {&pb.TxnRequest{Success: list(opDelete("a", "c"), opDelete("b", "d"))}, nil},
-		"delete from key on": {&pb.TxnRequest{Success: list(opPut("b"), opDelete("a", "\x00"))}, nil},
+		"delete from key on": {&pb.TxnRequest{Success: list(opPut("b"), opDelete("a", "\x00"))}, rpctypes.ErrGRPCDuplicateKey},
+		"put before it":      {&pb.TxnRequest{Success: list(opPut("a"), opDelete("b", "\x00"))}, nil},
+		"nested from key on": {&pb.TxnRequest{Success: list(opPut("b"), opTxn(nil, list(opDelete("a", "\x00"))))}, rpctypes.ErrGRPCDuplicateKey},
+		"delete nothing":     {&pb.TxnRequest{Success: list(opPut("b"), opDelete("c", "a"))}, nil},
 		"nested put again":   {&pb.TxnRequest{Success: list(opPut("a"), opTxn(list(opPut("a")), nil))}, rpctypes.ErrGRPCDuplicateKey},
 		"nested else again":  {&pb.TxnRequest{Success: list(opPut("a"), opTxn(nil, list(opPut("a"))))}, rpctypes.ErrGRPCDuplicateKey},
 		"nested either":      {&pb.TxnRequest{Success: list(opTxn(list(opPut("a")), list(opPut("a"))))}, nil},
@@ -93,7 +96,7 @@ func (p *plainRanges) add(begin, end string) {
 
 func (p plainRanges) contains(key string) bool {
 	for _, r := range p {
-		if r[0] <= key && key < r[1] {
+		if r[0] <= key && (key < r[1] || r[1] == "\x00") {
 			return true
 		}
 	}
@@ -116,7 +119,10 @@ func TestKeyRangesAgainstModel(t *testing.T) {
 		var want plainRanges
 		for range random.IntN(12) {
 			begin, end := key(), ""
-			if random.IntN(3) > 0 {
+			switch random.IntN(8) {
+			case 0:
+				end = "\x00"
+			case 1, 2, 3, 4:
 				end = key()
 			}
 			want.add(begin, end)
