@@ -53,6 +53,8 @@ type LogStore interface {
 	raft.StableStore
 	// Reset empties the log and keeps term and vote.
 	Reset() error
+	// Err is why the log takes no more writes; nil while it does.
+	Err() error
 	// WriteStalled is how long the write in progress has been running.
 	WriteStalled() time.Duration
 	Close() error

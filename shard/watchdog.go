@@ -28,6 +28,10 @@ func (l *life) watchDisk() {
 		case <-l.done:
 			return
 		}
+		if err := l.r.log.Err(); err != nil {
+			l.r.fail(err)
+			return
+		}
 		stalled := l.r.log.WriteStalled()
 		if slow := stalled >= l.r.cfg.DiskStepDown; slow != silent {
 			silent = slow

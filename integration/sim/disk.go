@@ -99,4 +99,5 @@ func (l *memoryLog) Reset() error {
 	return l.InmemStore.DeleteRange(first, last)
 }
 
+func (l *memoryLog) Err() error   { return nil }
 func (l *memoryLog) Close() error { return nil }
