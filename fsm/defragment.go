@@ -37,56 +37,42 @@ func (s *Store) Defragment(ctx context.Context) error {
 
 func (s *Store) defragment(ctx context.Context) (err error) {
 	defer catchCorruption(&err)()
-	old, path := s.db.Load(), s.config.Path+defragmentSuffix
-	if err := ownsPath(old, s.config.Path); err != nil {
+	s.pathMu.Lock()
+	target := s.path
+	s.pathMu.Unlock()
+	old, path := s.file.Load(), target+defragmentSuffix
+	if at, err := os.Stat(target); err != nil {
 		return err
+	} else if !os.SameFile(at, old.identity) {
+		return fmt.Errorf("defragment: %s is not this store's file any more", target)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	db, err := openDB(s.config, path)
+	f, err := openFile(s.config, path)
 	if err != nil {
 		return err
 	}
-	err = copyDB(ctx, db, old)
+	err = copyDB(ctx, f.db, old.db)
 	if err == nil {
-		err = db.Sync()
+		err = f.db.Sync()
 	}
 	if err == nil {
-		err = os.Rename(path, s.config.Path)
+		err = os.Rename(path, target)
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("defragment: %w", err), db.Close(), os.Remove(path))
+		return errors.Join(fmt.Errorf("defragment: %w", err), f.db.Close(), os.Remove(path))
 	}
-	s.db.Store(db)
+	s.file.Store(f)
 	// Closing waits for reads that still use the old file; Close of the store waits for this.
 	s.background.Go(func() {
-		if err := old.Close(); err != nil {
+		if err := old.db.Close(); err != nil {
 			s.config.Logger.Warn("cannot close the file from before defragmentation", "error", err)
 		}
 	})
-	if err := syncDir(filepath.Dir(s.config.Path)); err != nil {
+	if err := syncDir(filepath.Dir(target)); err != nil {
 		s.failFlush(err)
 		return err
-	}
-	return nil
-}
-
-// ownsPath refuses to replace a file that has taken the place of the store's own.
-func ownsPath(db *bbolt.DB, path string) error {
-	at, err := os.Stat(path)
-	if err != nil {
-		return err
-	}
-	var mine os.FileInfo
-	if err := db.View(func(tx *bbolt.Tx) error {
-		mine, err = os.Stat(tx.DB().Path())
-		return err
-	}); err != nil {
-		return err
-	}
-	if !os.SameFile(at, mine) {
-		return fmt.Errorf("%s is not this store's file any more", path)
 	}
 	return nil
 }

@@ -152,7 +152,7 @@ func (s *Store) write(b flushBatch) (err error) {
 	if f := s.config.faults.flushFails; f != nil && f() != nil {
 		return f()
 	}
-	return s.db.Load().Update(func(tx *bbolt.Tx) error {
+	return s.file.Load().db.Update(func(tx *bbolt.Tx) error {
 		for i, rows := range b.rows {
 			if err := s.putRows(tx.Bucket(spaceBuckets[i]), rows); err != nil {
 				return err

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"sync/atomic"
 
@@ -32,7 +33,10 @@ type Store struct {
 	metrics   *metrics
 	clusterID uint64
 
-	db atomic.Pointer[bbolt.DB] // replaced by Defragment
+	file atomic.Pointer[file] // replaced by Defragment
+
+	pathMu sync.Mutex
+	path   string // where the file is
 
 	applyMu     sync.Mutex
 	leases      map[int64]struct{}
@@ -112,29 +116,54 @@ func Open(config Config) (*Store, error) {
 	for i := range s.spaces {
 		s.spaces[i] = &keyspace{id: Space(i), bucket: spaceBuckets[i]}
 	}
-	db, err := openDB(config, config.Path)
+	f, err := openFile(config, config.Path)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", config.Path, err)
 	}
-	if err := s.load(db); err != nil {
-		return nil, errors.Join(fmt.Errorf("load %s: %w", config.Path, err), db.Close())
+	err = os.Remove(config.Path + defragmentSuffix)
+	if errors.Is(err, os.ErrNotExist) {
+		err = nil
 	}
-	s.db.Store(db)
+	if err == nil {
+		err = s.load(f.db)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("load %s: %w", config.Path, err), f.db.Close())
+	}
+	s.path = config.Path
+	s.file.Store(f)
 	signal(s.compactNow)
 	s.background.Go(s.flushLoop)
 	s.background.Go(s.compactLoop)
 	return s, nil
 }
 
-func openDB(config Config, path string) (db *bbolt.DB, err error) {
+// file is an open bbolt file.
+type file struct {
+	db       *bbolt.DB
+	identity os.FileInfo // which file it is, wherever it has been moved
+}
+
+func openFile(config Config, path string) (_ *file, err error) {
 	defer catchCorruption(&err)()
-	db, err = bbolt.Open(path, 0o600, &bbolt.Options{
+	f := &file{}
+	f.db, err = bbolt.Open(path, 0o600, &bbolt.Options{
 		Timeout:         1, // one try
 		NoFreelistSync:  true,
 		FreelistType:    bbolt.FreelistMapType,
 		InitialMmapSize: config.InitialMmapBytes,
 		NoSync:          config.NoSync,
 		NoGrowSync:      config.NoSync,
+		OpenFile: func(name string, flag int, mode os.FileMode) (*os.File, error) {
+			opened, err := os.OpenFile(name, flag, mode)
+			if err != nil {
+				return nil, err
+			}
+			if f.identity, err = opened.Stat(); err != nil {
+				return nil, errors.Join(err, opened.Close())
+			}
+			return opened, nil
+		},
 	})
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):
@@ -142,7 +171,14 @@ func openDB(config Config, path string) (db *bbolt.DB, err error) {
 	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrChecksum), errors.Is(err, berrors.ErrVersionMismatch):
 		return nil, fmt.Errorf("%w: %w", ErrCorruptState, err)
 	}
-	return db, err
+	return f, err
+}
+
+// Moved tells the store that its file has been renamed.
+func (s *Store) Moved(path string) {
+	s.pathMu.Lock()
+	defer s.pathMu.Unlock()
+	s.path = path
 }
 
 // Close stops the background work, writes what has been applied and closes the file. It waits for reads in
@@ -156,7 +192,7 @@ func (s *Store) Close() error {
 		if s.failedOnDisk.Load() {
 			s.closeErr = s.failure
 		}
-		s.closeErr = errors.Join(s.closeErr, s.db.Load().Close())
+		s.closeErr = errors.Join(s.closeErr, s.file.Load().db.Close())
 	})
 	return s.closeErr
 }

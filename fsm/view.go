@@ -185,12 +185,12 @@ func fetchStored(ctx context.Context, bucket *bbolt.Bucket, hits []hit, kvs []*m
 // begin starts a read transaction over what is durable.
 func (s *Store) begin() (*bbolt.Tx, error) {
 	for {
-		db := s.db.Load()
-		tx, err := db.Begin(false)
+		f := s.file.Load()
+		tx, err := f.db.Begin(false)
 		switch {
 		case err == nil:
 			return tx, nil
-		case errors.Is(err, berrors.ErrDatabaseNotOpen) && s.db.Load() != db: // defragmented meanwhile
+		case errors.Is(err, berrors.ErrDatabaseNotOpen) && s.file.Load() != f: // defragmented meanwhile
 		case errors.Is(err, berrors.ErrDatabaseNotOpen):
 			return nil, ErrClosed
 		default:
