@@ -1,0 +1,109 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// A demo whose cluster forgets an acknowledged write says so, and its exit code, too.
+func TestDemoSeesLoss(t *testing.T) {
+	for _, forget := range []string{"", "demo/000017"} {
+		f := startFake(t)
+		f.forget = forget
+		d := &demo{out: io.Discard, nodes: []*demoNode{{name: "n1", client: f.addr, exited: make(chan struct{})}}, start: time.Now()}
+		if err := d.write(t.Context(), 50); err != nil {
+			t.Fatal(err)
+		}
+		err := d.readBack(t.Context(), "again", f.addr)
+		if lost := errors.Is(err, errDataLost); lost != (forget != "") || !lost && err != nil {
+			t.Errorf("with %q forgotten: %v", forget, err)
+		}
+		if forget != "" && exitCode(t.Context(), err) != exitDataLost {
+			t.Errorf("the exit code of %v is %d", err, exitCode(t.Context(), err))
+		}
+	}
+}
+
+func TestDemoSeesWrongValues(t *testing.T) {
+	f := startFake(t)
+	d := &demo{out: io.Discard, nodes: []*demoNode{{name: "n1", client: f.addr, exited: make(chan struct{})}}, start: time.Now()}
+	if err := d.write(t.Context(), 5); err != nil {
+		t.Fatal(err)
+	}
+	f.pairs["demo/000003"] = "something else"
+	if err := d.readBack(t.Context(), "again", f.addr); !errors.Is(err, errDataLost) {
+		t.Error(err)
+	}
+}
+
+// What was never acknowledged is no loss.
+func TestDemoRemembersAcknowledgedWritesOnly(t *testing.T) {
+	f := startFake(t)
+	f.fail = errTest
+	d := &demo{out: io.Discard, nodes: []*demoNode{{name: "n1", client: f.addr, exited: make(chan struct{})}}, start: time.Now()}
+	if err := d.write(t.Context(), 5); err == nil {
+		t.Error("writes that all failed are a success")
+	}
+	if len(d.acked) != 0 {
+		t.Errorf("it remembers %v", d.acked)
+	}
+}
+
+func TestEach(t *testing.T) {
+	var calls [100]atomic.Int32
+	if err := each(t.Context(), len(calls), func(_ context.Context, i int) error { calls[i].Add(1); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	for i := range calls {
+		if n := calls[i].Load(); n != 1 {
+			t.Errorf("%d was called %d times", i, n)
+		}
+	}
+	var after atomic.Int32
+	err := each(t.Context(), 1<<30, func(ctx context.Context, i int) error {
+		if i == 3 {
+			return errTest
+		}
+		after.Add(1)
+		<-ctx.Done()
+		return nil
+	})
+	if !errors.Is(err, errTest) || after.Load() > 2*demoClients {
+		t.Errorf("ended with %v after %d calls", err, after.Load())
+	}
+}
+
+func TestDemoNodes(t *testing.T) {
+	nodes, err := newDemoNodes(3, "/tmp/x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var addresses []string
+	for _, n := range nodes {
+		addresses = append(addresses, n.client, n.peer, n.http)
+		if n.running() {
+			t.Errorf("%s runs before it was started", n.name)
+		}
+	}
+	slices.Sort(addresses)
+	if len(slices.Compact(addresses)) != 9 {
+		t.Errorf("addresses are used twice: %v", addresses)
+	}
+	d := &demo{nodes: nodes}
+	if got, want := d.peers(), "n1="+nodes[0].peer+",n2="+nodes[1].peer+",n3="+nodes[2].peer; got != want {
+		t.Errorf("peers %q, want %q", got, want)
+	}
+}
+
+func TestChildrenAreNotConfiguredByAccident(t *testing.T) {
+	got := withoutSettings([]string{"PATH=/bin", "KVD_NAME=other", "KVDX=1", "KVD_CONFIG=x"})
+	if strings.Join(got, " ") != "PATH=/bin KVDX=1" {
+		t.Errorf("children get %v", got)
+	}
+}

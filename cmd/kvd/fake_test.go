@@ -1,0 +1,192 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+)
+
+// fakeServer answers as little of etcd's API as the commands need, and records what was asked.
+type fakeServer struct {
+	pb.UnimplementedKVServer
+	pb.UnimplementedMaintenanceServer
+	pb.UnimplementedClusterServer
+
+	addr   string
+	member uint64
+	leader uint64
+	fail   error  // answer of every request for keys
+	hang   bool   // requests for keys get no answer
+	backup []byte // what Snapshot sends
+	errors []string
+
+	asked    chan struct{} // signalled by every request for keys
+	mu       sync.Mutex
+	requests []proto.Message
+	pairs    map[string]string
+	forget   string // a key that is acknowledged and not kept
+}
+
+func startFake(t *testing.T) *fakeServer {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &fakeServer{addr: listener.Addr().String(), member: 0xa1, leader: 0xa1, pairs: make(map[string]string), asked: make(chan struct{}, 1)}
+	server := grpc.NewServer()
+	pb.RegisterKVServer(server, f)
+	pb.RegisterMaintenanceServer(server, f)
+	pb.RegisterClusterServer(server, f)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := server.Serve(listener); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+			t.Error(err)
+		}
+	}()
+	t.Cleanup(func() {
+		server.Stop()
+		<-done
+	})
+	return f
+}
+
+func (f *fakeServer) header() *pb.ResponseHeader {
+	return &pb.ResponseHeader{ClusterId: 0xc1, MemberId: f.member, Revision: 7, RaftTerm: 3}
+}
+
+// answer records a request and says whether and how it fails.
+func (f *fakeServer) answer(ctx context.Context, request proto.Message) error {
+	f.mu.Lock()
+	f.requests = append(f.requests, request)
+	f.mu.Unlock()
+	select {
+	case f.asked <- struct{}{}:
+	default:
+	}
+	if f.hang {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	return f.fail
+}
+
+// last is the latest request.
+func (f *fakeServer) last() proto.Message {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(f.requests) == 0 {
+		return nil
+	}
+	return f.requests[len(f.requests)-1]
+}
+
+func (f *fakeServer) Put(ctx context.Context, r *pb.PutRequest) (*pb.PutResponse, error) {
+	if err := f.answer(ctx, r); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if string(r.GetKey()) != f.forget {
+		f.pairs[string(r.GetKey())] = string(r.GetValue())
+	}
+	return &pb.PutResponse{Header: f.header()}, nil
+}
+
+func (f *fakeServer) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
+	if err := f.answer(ctx, r); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	resp := &pb.RangeResponse{Header: f.header()}
+	if value, ok := f.pairs[string(r.GetKey())]; ok {
+		resp.Count = 1
+		resp.Kvs = []*mvccpb.KeyValue{{Key: r.GetKey(), Value: []byte(value), CreateRevision: 2, ModRevision: 5, Version: 3}}
+	}
+	return resp, nil
+}
+
+func (f *fakeServer) DeleteRange(ctx context.Context, r *pb.DeleteRangeRequest) (*pb.DeleteRangeResponse, error) {
+	return &pb.DeleteRangeResponse{Header: f.header(), Deleted: 2}, f.answer(ctx, r)
+}
+
+func (f *fakeServer) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
+	return &pb.TxnResponse{Header: f.header(), Succeeded: true}, f.answer(ctx, r)
+}
+
+func (f *fakeServer) Compact(ctx context.Context, r *pb.CompactionRequest) (*pb.CompactionResponse, error) {
+	return &pb.CompactionResponse{Header: f.header()}, f.answer(ctx, r)
+}
+
+func (f *fakeServer) Status(context.Context, *pb.StatusRequest) (*pb.StatusResponse, error) {
+	return &pb.StatusResponse{Header: f.header(), Version: "3.7.0", DbSize: 20480, Leader: f.leader, RaftIndex: 12, RaftTerm: 3, RaftAppliedIndex: 11, Errors: f.errors}, nil
+}
+
+func (f *fakeServer) Alarm(context.Context, *pb.AlarmRequest) (*pb.AlarmResponse, error) {
+	return &pb.AlarmResponse{Header: f.header()}, nil
+}
+
+func (f *fakeServer) MoveLeader(ctx context.Context, r *pb.MoveLeaderRequest) (*pb.MoveLeaderResponse, error) {
+	return &pb.MoveLeaderResponse{Header: f.header()}, f.answer(ctx, r)
+}
+
+func (f *fakeServer) Snapshot(_ *pb.SnapshotRequest, stream grpc.ServerStreamingServer[pb.SnapshotResponse]) error {
+	rest := uint64(len(f.backup))
+	for chunk := range bytes.SplitSeq(f.backup, []byte("|")) {
+		rest -= uint64(len(chunk))
+		if err := stream.Send(&pb.SnapshotResponse{Header: f.header(), Version: "3.7.0", Blob: chunk, RemainingBytes: rest}); err != nil {
+			return err
+		}
+	}
+	sum := sha256.Sum256(bytes.ReplaceAll(f.backup, []byte("|"), nil))
+	if f.fail != nil {
+		return f.fail
+	}
+	if f.forget != "" {
+		sum[0]++
+	}
+	return stream.Send(&pb.SnapshotResponse{Blob: sum[:]})
+}
+
+func (f *fakeServer) MemberList(context.Context, *pb.MemberListRequest) (*pb.MemberListResponse, error) {
+	return &pb.MemberListResponse{Header: f.header(), Members: []*pb.Member{
+		{ID: f.member, Name: "n1", PeerURLs: []string{"http://127.0.0.1:2380"}, ClientURLs: []string{"http://" + f.addr}},
+		{ID: 0xa2, Name: "n2", PeerURLs: []string{"http://10.0.0.2:2380"}},
+	}}, nil
+}
+
+// kvd runs one command line.
+func kvd(t *testing.T, in string, args ...string) (code int, out, errOut string) {
+	t.Helper()
+	return kvdUntil(t.Context(), in, args...)
+}
+
+func kvdUntil(ctx context.Context, in string, args ...string) (code int, out, errOut string) {
+	var stdout, stderr bytes.Buffer
+	code = run(ctx, args, strings.NewReader(in), &stdout, &stderr)
+	return code, stdout.String(), stderr.String()
+}
+
+// deadAddress is a loopback address that refuses connections.
+func deadAddress(t *testing.T) string {
+	t.Helper()
+	addresses, err := freeAddresses(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return addresses[0]
+}
+
+var errTest = errors.New("planted")

@@ -1,0 +1,8 @@
+package main
+
+import "syscall"
+
+// childAttributes keep Ctrl-C away from a child, and end it with its parent.
+func childAttributes() *syscall.SysProcAttr {
+	return &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+}

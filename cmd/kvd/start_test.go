@@ -1,0 +1,119 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"maps"
+	"strings"
+	"testing"
+)
+
+func TestParsePeers(t *testing.T) {
+	for list, want := range map[string]map[string]string{
+		"":                              {},
+		"n1=a:1":                        {"n1": "a:1"},
+		"n1=127.0.0.1:2380, n2=[::1]:2": {"n1": "127.0.0.1:2380", "n2": "[::1]:2"},
+	} {
+		if got, err := parsePeers(list); err != nil || !maps.Equal(got, want) {
+			t.Errorf("%q: parsed as %v, %v; want %v", list, got, err, want)
+		}
+	}
+	for _, list := range []string{"n1", "n1=", "=a:1", "n1=a", "n1=a:", "n1=:1", "n1=a:1,", "n1=a:1,n1=b:2", "n1=http://a:1"} {
+		if got, err := parsePeers(list); err == nil {
+			t.Errorf("%q: parsed as %v", list, got)
+		}
+	}
+}
+
+func TestDefaultsOfStart(t *testing.T) {
+	o, err := resolve(t, nil, nil, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := o.nodeConfig()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ what, got, want string }{
+		{"name", cfg.Name, "n1"}, {"data", cfg.DataDir, "./n1.kvd"}, {"strategy", cfg.Strategy, "full"},
+		{"client", cfg.ListenClient, "127.0.0.1:2379"}, {"advertised client", cfg.AdvertiseClient, "127.0.0.1:2379"},
+		{"peer", cfg.ListenPeer, "127.0.0.1:2380"}, {"advertised peer", cfg.AdvertisePeer, "127.0.0.1:2380"},
+		{"HTTP", cfg.ListenHTTP, "127.0.0.1:2381"},
+	} {
+		if c.got != c.want {
+			t.Errorf("%s is %q, want %q", c.what, c.got, c.want)
+		}
+	}
+}
+
+func TestAddressesOfStart(t *testing.T) {
+	peers := "n1=10.0.0.1:7000,n2=10.0.0.2:7000"
+	for _, c := range []struct {
+		args             []string
+		listen, announce string // of peers
+	}{
+		{[]string{"--name", "n2", "--peers", peers}, "10.0.0.2:7000", "10.0.0.2:7000"},
+		{[]string{"--name", "n2", "--peers", peers, "--listen-peer", "0.0.0.0:7000"}, "0.0.0.0:7000", "10.0.0.2:7000"},
+		{[]string{"--listen-peer", "127.0.0.1:7001"}, "127.0.0.1:7001", "127.0.0.1:7001"},
+		{[]string{"--listen-peer", ":7001", "--advertise-peer", "here:7001"}, ":7001", "here:7001"},
+	} {
+		o, err := resolve(t, c.args, nil, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg, err := o.nodeConfig()
+		if err != nil || cfg.ListenPeer != c.listen || cfg.AdvertisePeer != c.announce {
+			t.Errorf("%v: listens on %q, announces %q, %v; want %q, %q", c.args, cfg.ListenPeer, cfg.AdvertisePeer, err, c.listen, c.announce)
+		}
+	}
+	if o, err := resolve(t, []string{"--listen-http", ""}, nil, ""); err != nil {
+		t.Fatal(err)
+	} else if cfg, err := o.nodeConfig(); err != nil || cfg.ListenHTTP != "none" {
+		t.Errorf("an empty HTTP address became %q, %v", cfg.ListenHTTP, err)
+	}
+}
+
+func TestBadStart(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"--peers", "n2=a:1"}, "this node, n1, is not among"},
+		{[]string{"--peers", "n1"}, "--peers:"},
+		{[]string{"--listen-client", ":2379"}, "--advertise-client: others cannot connect to"},
+		{[]string{"--listen-peer", "0.0.0.0:2380"}, "--advertise-peer: others cannot connect to"},
+		{[]string{"--listen-peer", "[::]:2380"}, "--advertise-peer: others cannot connect to"},
+		{[]string{"--listen-client", "here"}, "--listen-client"},
+		{[]string{"--strategy", "magic"}, "--strategy"},
+		{[]string{"--name", "a/b"}, "--name"},
+		{[]string{"--heartbeat-timeout", "1ms"}, "--heartbeat-timeout"},
+	} {
+		o, err := resolve(t, c.args, nil, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = o.nodeConfig()
+		var usage *usageError
+		if !errors.As(err, &usage) || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%v: error %v, want one line with %q", c.args, err, c.want)
+		}
+	}
+}
+
+func TestLogFlags(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		ok   bool
+	}{
+		{nil, true}, {[]string{"--log-level", "debug", "--log-format", "json"}, true}, {[]string{"--log-level", "WARN"}, true},
+		{[]string{"--log-level", "loud"}, false}, {[]string{"--log-format", "xml"}, false},
+	} {
+		o, err := resolve(t, c.args, nil, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := o.logger(io.Discard); (err == nil) != c.ok {
+			t.Errorf("%v: %v", c.args, err)
+		}
+	}
+}
