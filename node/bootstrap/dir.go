@@ -98,7 +98,7 @@ func open(path string, set Settings, f files) (*Dir, error) {
 	f.dir = path
 	d := &Dir{path: path, set: set, files: f}
 	if err := d.create(); err != nil {
-		return nil, fmt.Errorf("data directory %s: %w", path, err)
+		return nil, d.in(err)
 	}
 	if err := d.acquire(); err != nil {
 		return nil, err
@@ -108,6 +108,9 @@ func open(path string, set Settings, f files) (*Dir, error) {
 	}
 	return d, nil
 }
+
+// in says which directory an error is about.
+func (d *Dir) in(err error) error { return fmt.Errorf("data directory %s: %w", d.path, err) }
 
 func (d *Dir) create() error {
 	if _, err := os.Stat(d.path); !errors.Is(err, fs.ErrNotExist) {
@@ -129,7 +132,7 @@ func (d *Dir) acquire() error {
 	}
 	lock, err := os.OpenFile(filepath.Join(d.path, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return fmt.Errorf("data directory %s: %w", d.path, err)
+		return d.in(err)
 	}
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		lock.Close()
@@ -146,7 +149,7 @@ func (d *Dir) acquire() error {
 func (d *Dir) checkOurs() error {
 	entries, err := os.ReadDir(d.path)
 	if err != nil {
-		return fmt.Errorf("data directory %s: %w", d.path, err)
+		return d.in(err)
 	}
 	var ours, foreign string
 	for _, e := range entries {
@@ -162,7 +165,7 @@ func (d *Dir) checkOurs() error {
 	}
 	switch {
 	case ours != "":
-		return fmt.Errorf("data directory %s: %w", d.path, corrupt(identityFile, fmt.Errorf("missing, but there is %s", ours)))
+		return d.in(corrupt(identityFile, fmt.Errorf("missing, but there is %s", ours)))
 	case foreign != "":
 		return fmt.Errorf("data directory %s is %w: it holds %.100q: choose an empty one with --data-dir", d.path, ErrForeign, foreign)
 	}
@@ -172,7 +175,7 @@ func (d *Dir) checkOurs() error {
 func (d *Dir) load() error {
 	for _, name := range []string{identityFile, recordFile, replicasFile, addressesFile} {
 		if err := os.Remove(filepath.Join(d.path, name+tempSuffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("data directory %s: %w", d.path, err)
+			return d.in(err)
 		}
 	}
 	err := d.files.read(identityFile, &d.id)
@@ -197,10 +200,10 @@ func (d *Dir) initialise() error {
 		return err
 	}
 	if len(d.replicas) > 0 {
-		return fmt.Errorf("data directory %s: %w", d.path, corrupt(identityFile, errors.New("missing, but replicas were opened")))
+		return d.in(corrupt(identityFile, errors.New("missing, but replicas were opened")))
 	}
 	if err := d.files.write(replicasFile, []Replica{}); err != nil {
-		return fmt.Errorf("data directory %s: %w", d.path, err)
+		return d.in(err)
 	}
 	return d.renew()
 }
@@ -215,7 +218,7 @@ func (d *Dir) renew() error {
 
 func (d *Dir) setIdentity(id identity) error {
 	if err := d.files.write(identityFile, id); err != nil {
-		return fmt.Errorf("data directory %s: %w", d.path, err)
+		return d.in(err)
 	}
 	d.id = id
 	return nil
@@ -225,7 +228,7 @@ func (d *Dir) loadReplicas(must bool) error {
 	err := d.files.read(replicasFile, &d.replicas)
 	if errors.Is(err, fs.ErrNotExist) {
 		if must {
-			return fmt.Errorf("data directory %s: %w", d.path, corrupt(replicasFile, errors.New("missing")))
+			return d.in(corrupt(replicasFile, errors.New("missing")))
 		}
 		return nil
 	}
@@ -234,7 +237,7 @@ func (d *Dir) loadReplicas(must bool) error {
 	}
 	for _, r := range d.replicas {
 		if _, _, err := ParseReplicaID(r.ID); err != nil {
-			return fmt.Errorf("data directory %s: %w", d.path, corrupt(replicasFile, err))
+			return d.in(corrupt(replicasFile, err))
 		}
 	}
 	return nil
@@ -243,7 +246,7 @@ func (d *Dir) loadReplicas(must bool) error {
 // loadRecord also checks the identity, and removes a record that an interrupted abandonment or rejoin left.
 func (d *Dir) loadRecord() error {
 	if err := d.id.validate(); err != nil {
-		return fmt.Errorf("data directory %s: %w", d.path, corrupt(identityFile, err))
+		return d.in(corrupt(identityFile, err))
 	}
 	var record Record
 	err := d.files.read(recordFile, &record)
@@ -255,7 +258,7 @@ func (d *Dir) loadRecord() error {
 			err = fmt.Errorf("it is of cluster %016x, not %016x", record.ClusterID, d.id.ClusterID)
 		}
 		if err != nil {
-			err = fmt.Errorf("data directory %s: %w", d.path, corrupt(recordFile, err))
+			err = d.in(corrupt(recordFile, err))
 		}
 	}
 	if err != nil {
@@ -297,9 +300,6 @@ func (d *Dir) Close() error {
 	return err
 }
 
-// Path is the directory as given to Open.
-func (d *Dir) Path() string { return d.path }
-
 // Incarnation is the number of this life of the directory, never 0. It changes only while the node is no member.
 func (d *Dir) Incarnation() uint64 {
 	id, _ := d.state()
@@ -323,7 +323,7 @@ func (d *Dir) change(fn func() error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.lock == nil {
-		return fmt.Errorf("data directory %s: %w", d.path, ErrClosed)
+		return d.in(ErrClosed)
 	}
 	return fn()
 }
@@ -340,7 +340,7 @@ func (d *Dir) hold(r *Record) error {
 
 func (d *Dir) setRecord(r *Record) error {
 	if err := d.files.write(recordFile, r); err != nil {
-		return fmt.Errorf("data directory %s: %w", d.path, err)
+		return d.in(err)
 	}
 	d.record = r
 	return nil
@@ -408,7 +408,7 @@ func (d *Dir) MarkCreated(group uint64, id string) error {
 		}
 		next := append(slices.Clone(d.replicas), r)
 		if err := d.files.write(replicasFile, next); err != nil {
-			return fmt.Errorf("data directory %s: %w", d.path, err)
+			return d.in(err)
 		}
 		d.replicas = next
 		return nil

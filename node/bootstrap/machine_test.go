@@ -500,3 +500,32 @@ func TestFormationModelNoticesFaults(t *testing.T) {
 		})
 	}
 }
+
+// A node that held its record while the others went on without it.
+func TestFormationComesLate(t *testing.T) {
+	record := &Record{ClusterID: 7, Token: "t", Strategy: "full", Members: []Member{{"n1", 1, "n1/1"}, {"n2", 2, "n2/1"}, {"n3", 3, "n3/1"}}}
+	m := machine{set: threeNodes("n2"), id: identity{Name: "n2", Incarnation: 2}, record: record}
+	peer := func(members []Member) answer {
+		return answer{status: &Status{Name: "n1", Incarnation: 1, Record: record, ClusterID: 7, Members: members}}
+	}
+	for name, c := range map[string]struct {
+		members []Member
+		want    error
+	}{
+		"members unknown": {nil, nil},
+		"still a member":  {record.Members, nil},
+		"removed":         {[]Member{{"n1", 1, "n1/1"}, {"n3", 3, "n3/1"}}, ErrUnknownMember},
+		"replaced":        {[]Member{{"n1", 1, "n1/1"}, {"n2", 9, "n2/2"}}, ErrReplaced},
+	} {
+		s, err := m.next(map[string]answer{"n1": peer(c.members), "n3": {err: errors.New("down")}})
+		if !errors.Is(err, c.want) || err == nil && s.do != finish {
+			t.Errorf("%s: %v, %v", name, s, err)
+		}
+	}
+	m.set.Peers = map[string]string{"n1": "a:1"}
+	wrong := answer{status: &Status{Name: "n9", Incarnation: 9, Record: record, ClusterID: 7}}
+	s, err := m.next(map[string]answer{"n1": wrong})
+	if err != nil || s.do != wait || !strings.Contains(strings.Join(s.waiting, ";"), "n1: node n9 answers at its address a:1;n3: has no address in --peers") {
+		t.Errorf("who to wait for: %+v, %v", s, err)
+	}
+}
