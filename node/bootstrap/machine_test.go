@@ -434,6 +434,9 @@ func TestFormationModelExhaustive(t *testing.T) {
 			scope{3, map[string]int{"wipe": 0, "crash": 0, "lose": 1, "reach": 1}},
 			scope{3, map[string]int{"wipe": 2, "crash": 0, "lose": 0, "reach": 0}})
 	}
+	if testing.Short() {
+		scopes = scopes[:1]
+	}
 	for _, c := range scopes {
 		t.Logf("%d nodes, %v: %d states", c.nodes, c.budget, explore(t, c.nodes, c.budget))
 	}
