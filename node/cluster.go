@@ -102,8 +102,8 @@ func (n *Node) bootstrapMembers() []bootstrap.Member {
 // cluster is the cluster as clients see it; it implements server.Cluster.
 type cluster struct{ n *Node }
 
-func (c cluster) ClusterID() uint64 { return c.n.dir.ClusterID() }
-func (c cluster) MemberID() uint64  { return memberID(c.n.dir.ClusterID(), c.n.outcome().Replica) }
+func (c cluster) ClusterID() uint64 { return c.n.clusterID.Load() }
+func (c cluster) MemberID() uint64  { return c.n.memberID.Load() }
 
 func (c cluster) Members() []server.Member {
 	members := c.n.members()

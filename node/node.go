@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -34,6 +35,8 @@ type Node struct {
 	formation *bootstrap.Formation
 	transport *transport.Transport
 	server    *server.Server
+
+	clusterID, memberID atomic.Uint64 // 0 until this node is a member
 
 	mu         sync.Mutex
 	member     bootstrap.Outcome // zero until this node is a member

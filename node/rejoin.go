@@ -36,10 +36,15 @@ func (n *Node) join(ctx context.Context) error {
 			err = ctx.Err()
 		}
 	}
+	if err != nil {
+		return err
+	}
+	n.clusterID.Store(outcome.ClusterID)
+	n.memberID.Store(memberID(outcome.ClusterID, outcome.Replica))
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.member = outcome
-	return err
+	return nil
 }
 
 // rejoin asks the members in turn to let this node back in.
@@ -64,7 +69,20 @@ func (n *Node) rejoin(ctx context.Context, r *bootstrap.Rejoin) (bootstrap.Outco
 		}
 		errs = append(errs, fmt.Errorf("%s: %w", addr, err))
 	}
-	return bootstrap.Outcome{}, errors.Join(errs...)
+	return bootstrap.Outcome{}, oneLine(errs)
+}
+
+// oneLine joins errors in one line; a refusal among them can be found.
+func oneLine(errs []error) error {
+	var joined error
+	for _, err := range errs {
+		if joined == nil {
+			joined = err
+		} else {
+			joined = fmt.Errorf("%w; %w", joined, err)
+		}
+	}
+	return joined
 }
 
 // handleRejoins lets nodes that lost their directories back in, through any

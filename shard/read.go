@@ -119,7 +119,7 @@ func (q *reads) release() (kick bool) {
 	if e == nil || !q.pending() {
 		return false
 	}
-	confirmed := q.l.confirmedAt(e.term)
+	confirmed := q.l.confirmedAt(e.term, q.l.transport.Acked)
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	n := 0
@@ -146,8 +146,8 @@ func (q *reads) release() (kick bool) {
 }
 
 // confirmedAt is the latest moment at which a quorum of the voters is known to
-// have followed this replica in the given term.
-func (l *life) confirmedAt(term uint64) time.Time {
+// have followed this replica in the given term; acked is Transport.Acked.
+func (l *life) confirmedAt(term uint64, acked func(raft.ServerID, uint64) time.Time) time.Time {
 	servers := l.raft.GetConfiguration().Configuration().Servers
 	var sent []time.Time // newest answered send of each voter
 	self := false
@@ -157,7 +157,7 @@ func (l *life) confirmedAt(term uint64) time.Time {
 		case s.ID == l.r.cfg.Replica:
 			self = true
 		default:
-			sent = append(sent, l.transport.Acked(s.ID, term))
+			sent = append(sent, acked(s.ID, term))
 		}
 	}
 	if self {

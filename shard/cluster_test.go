@@ -1,0 +1,272 @@
+package shard
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/raft"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/protobuf/proto"
+
+	"kvd/fsm"
+	"kvd/transport"
+)
+
+// cluster is one group of replicas over a network in memory, to be used in a
+// synctest bubble.
+type cluster struct {
+	t        *testing.T
+	dir      string
+	network  *transport.MemoryNetwork
+	members  []string
+	replicas map[string]*Replica
+	nodes    map[string]*transport.Transport
+	logs     map[string]*testLog
+	fatal    atomic.Pointer[error]
+	tune     func(*Config)
+}
+
+// bubble runs a test of n voters in virtual time.
+func bubble(t *testing.T, n int, tune func(*Config), test func(c *cluster)) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		c := &cluster{
+			t: t, dir: dir, network: transport.NewMemoryNetwork(), tune: tune,
+			replicas: make(map[string]*Replica), nodes: make(map[string]*transport.Transport), logs: make(map[string]*testLog),
+		}
+		for i := range n {
+			c.members = append(c.members, fmt.Sprintf("n%d", i+1))
+		}
+		for _, name := range c.members {
+			c.start(name, 1, c.configuration())
+		}
+		test(c)
+		for name := range c.replicas {
+			c.stop(name)
+		}
+		if err := c.fatal.Load(); err != nil {
+			t.Errorf("a replica halted: %v", *err)
+		}
+	})
+}
+
+func (c *cluster) configuration() *raft.Configuration {
+	conf := &raft.Configuration{}
+	for _, name := range c.members {
+		id := name + "/1"
+		conf.Servers = append(conf.Servers, raft.Server{ID: raft.ServerID(id), Address: raft.ServerAddress(id)})
+	}
+	return conf
+}
+
+// start opens the replica <name>/<number> on its node.
+func (c *cluster) start(name string, number int, bootstrap *raft.Configuration) *Replica {
+	c.t.Helper()
+	listener, err := c.network.Listen(name)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	node, err := transport.New(transport.Config{
+		Identity: func() transport.Peer { return transport.Peer{ClusterID: 7, Node: name, Incarnation: 1} },
+		Listener: listener, Dial: c.network.Dialer(name),
+		Resolve: func(node string) (string, bool) { return node, true },
+	})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	id := raft.ServerID(fmt.Sprintf("%s/%d", name, number))
+	log := c.logs[string(id)]
+	if log == nil {
+		log = &testLog{InmemStore: raft.NewInmemStore()}
+		c.logs[string(id)] = log
+	}
+	cfg := Config{
+		Group: 3, ClusterID: 7, Replica: id, Dir: filepath.Join(c.dir, string(id)), Bootstrap: bootstrap,
+		NewTransport: func(install InstallFunc) (Transport, error) {
+			return node.Group(3, raft.ServerAddress(id), transport.InstallFunc(install))
+		},
+		OpenLog: func(guard func() uint64) (LogStore, error) { log.guard = guard; return log, nil },
+		State:   fsm.Config{NoSync: true},
+		OnFatal: func(err error) { c.fatal.Store(&err) },
+	}
+	if c.tune != nil {
+		c.tune(&cfg)
+	}
+	r, err := Open(cfg)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.nodes[name], c.replicas[name] = node, r
+	return r
+}
+
+func (c *cluster) stop(name string) {
+	c.t.Helper()
+	if r := c.replicas[name]; r != nil {
+		if err := r.Close(); err != nil {
+			c.t.Error(err)
+		}
+		if err := c.nodes[name].Close(); err != nil {
+			c.t.Error(err)
+		}
+		delete(c.replicas, name)
+	}
+}
+
+// leader waits for a leader that serves, other than those named.
+func (c *cluster) leader(except ...string) (string, *Replica) {
+	c.t.Helper()
+	for range 600 {
+		for _, name := range c.members {
+			if r := c.replicas[name]; r != nil && r.Serving() && !contains(except, name) {
+				return name, r
+			}
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	c.t.Fatal("no leader within a minute")
+	return "", nil
+}
+
+func (c *cluster) follower(leader string) (string, *Replica) {
+	for _, name := range c.members {
+		if name != leader && c.replicas[name] != nil {
+			return name, c.replicas[name]
+		}
+	}
+	c.t.Fatal("no follower")
+	return "", nil
+}
+
+func contains(list []string, s string) bool {
+	for _, x := range list {
+		if x == s {
+			return true
+		}
+	}
+	return false
+}
+
+func within(d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.Background(), d)
+}
+
+func putRequest(key, value string) fsm.Request {
+	data, err := proto.Marshal(&pb.InternalRaftRequest{Put: &pb.PutRequest{Key: []byte(key), Value: []byte(value)}})
+	if err != nil {
+		panic(err)
+	}
+	return fsm.Request{Data: data}
+}
+
+func put(r *Replica, key, value string) error {
+	ctx, cancel := within(5 * time.Second)
+	defer cancel()
+	result, err := r.Propose(ctx, putRequest(key, value))
+	return errors.Join(err, result.Err)
+}
+
+func (c *cluster) mustPut(r *Replica, key, value string) {
+	c.t.Helper()
+	if err := put(r, key, value); err != nil {
+		c.t.Fatalf("put %s: %v", key, err)
+	}
+}
+
+// get reads from the replica's own state once it has applied index.
+func (c *cluster) get(r *Replica, key string, index uint64) string {
+	c.t.Helper()
+	ctx, cancel := within(10 * time.Second)
+	defer cancel()
+	state, release, err := r.AcquireState(ctx, index)
+	if err != nil {
+		c.t.Fatalf("state at %d: %v", index, err)
+	}
+	defer release()
+	answer, err := state.Range(ctx, fsm.User, &pb.RangeRequest{Key: []byte(key)})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	if len(answer.Kvs) == 0 {
+		return ""
+	}
+	return string(answer.Kvs[0].Value)
+}
+
+// testLog is a log in memory whose writes a test can hold up or count.
+type testLog struct {
+	*raft.InmemStore
+	guard func() uint64
+
+	mu       sync.Mutex
+	until    time.Time
+	since    time.Time
+	resets   int
+	failWith error
+}
+
+func (l *testLog) stall(d time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.until = time.Now().Add(d)
+}
+
+func (l *testLog) StoreLogs(entries []*raft.Log) error {
+	l.mu.Lock()
+	until := l.until
+	l.since = time.Now()
+	l.mu.Unlock()
+	time.Sleep(time.Until(until))
+	l.mu.Lock()
+	l.since = time.Time{}
+	l.mu.Unlock()
+	return l.InmemStore.StoreLogs(entries)
+}
+
+func (l *testLog) StoreLog(entry *raft.Log) error { return l.StoreLogs([]*raft.Log{entry}) }
+
+func (l *testLog) DeleteRange(first, last uint64) error {
+	if end, _ := l.LastIndex(); last < end {
+		last = min(last, l.guard())
+	}
+	if last < first {
+		return nil
+	}
+	return l.InmemStore.DeleteRange(first, last)
+}
+
+func (l *testLog) Reset() error {
+	l.mu.Lock()
+	l.resets++
+	l.mu.Unlock()
+	first, _ := l.FirstIndex()
+	last, _ := l.LastIndex()
+	if last == 0 {
+		return nil
+	}
+	return l.InmemStore.DeleteRange(first, last)
+}
+
+func (l *testLog) Err() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.failWith
+}
+
+func (l *testLog) WriteStalled() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.since.IsZero() {
+		return 0
+	}
+	return time.Since(l.since)
+}
+
+func (l *testLog) Close() error { return nil }
