@@ -32,9 +32,10 @@ func (c call) String() string {
 	if c.stream {
 		name += " (stream)"
 	}
+	const maxText = 500
 	text := prototext.MarshalOptions{}.Format(c.request)
-	if len(text) > 1000 {
-		text = fmt.Sprintf("%s... (%d bytes)", text[:1000], len(text))
+	if len(text) > maxText {
+		text = fmt.Sprintf("%s... (%d bytes)", text[:maxText], len(text))
 	}
 	return fmt.Sprintf("node %d: %s {%s}", c.node, name, text)
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -50,10 +51,9 @@ func (p pair) replay(ctx context.Context, calls []call) (diff string) {
 
 // shrink looks for fewer calls after which there still is a difference, each attempt on a fresh pair.
 func shrink(t *testing.T, start func(*testing.T) pair, calls []call) (fewer []call, diff string) {
-	const attempts = 40
-	left := attempts
+	const patience = 2 * time.Minute
+	began := time.Now()
 	differs := func(candidate []call) (found bool) {
-		left--
 		t.Run("shrink", func(t *testing.T) {
 			if d := start(t).replay(t.Context(), candidate); d != "" {
 				found, diff = true, d
@@ -67,7 +67,7 @@ func shrink(t *testing.T, start func(*testing.T) pair, calls []call) (fewer []ca
 		calls = candidate
 	}
 	for size := len(calls) / 2; size > 0; size /= 2 {
-		for from := 0; from+size < len(calls) && left > 0; {
+		for from := 0; from+size < len(calls) && time.Since(began) < patience; {
 			if candidate := slices.Delete(slices.Clone(calls), from, from+size); differs(candidate) {
 				calls = candidate
 			} else {
@@ -106,8 +106,14 @@ func mustBeEqual(t *testing.T, start func(*testing.T) pair) {
 	t.Logf("seeds %d.., rarest of what was met:\n%s", first, total.rarest(12))
 }
 
+// list shows the last of the calls, one a line.
 func list(calls []call) string {
+	const most = 25
 	var lines strings.Builder
+	if skipped := len(calls) - most; skipped > 0 {
+		fmt.Fprintf(&lines, "(%d earlier)\n", skipped)
+		calls = calls[skipped:]
+	}
 	for _, c := range calls {
 		fmt.Fprintln(&lines, c)
 	}
