@@ -82,20 +82,22 @@ func (s *kv) RangeStream(r *pb.RangeRequest, stream grpc.ServerStreamingServer[p
 			}
 		}
 		sent += int64(len(chunk.Kvs))
+		if chunk.More {
+			page.Key = append(bytes.Clone(chunk.Kvs[len(chunk.Kvs)-1].Key), 0)
+		}
 		out := &pb.RangeResponse{Kvs: chunk.Kvs}
 		last := !chunk.More || sent == limit
 		if last {
 			out.Header = &pb.ResponseHeader{Revision: revision}
 			s.router.fill(out.Header)
 			out.More = chunk.More
-			if out.Count, err = s.count(ctx, r, page.Revision); err != nil {
+			if out.Count, err = s.total(ctx, page, chunk, sent); err != nil {
 				return err
 			}
 		}
 		if err := stream.Send(&pb.RangeStreamResponse{RangeResponse: out}); err != nil || last {
 			return err
 		}
-		page.Key = append(bytes.Clone(chunk.Kvs[len(chunk.Kvs)-1].Key), 0)
 		page.Limit = min(nextChunkKeys(page.Limit, proto.Size(chunk), s.router.cfg.MaxRequestBytes), limit-sent)
 	}
 }
@@ -115,12 +117,19 @@ func (s *kv) readPage(ctx context.Context, page *pb.RangeRequest) (*pb.RangeResp
 	return resp, nil
 }
 
-// count is how many keys the whole of a streamed range has.
-func (s *kv) count(ctx context.Context, r *pb.RangeRequest, revision int64) (int64, error) {
-	resp, err := s.readPage(ctx, &pb.RangeRequest{
-		Key: r.Key, RangeEnd: r.RangeEnd, Revision: revision, CountOnly: true, Serializable: true,
+// total is how many keys a streamed range has: those sent and those from where
+// the next page would begin.
+func (s *kv) total(ctx context.Context, page *pb.RangeRequest, last *pb.RangeResponse, sent int64) (int64, error) {
+	switch {
+	case page.CountOnly:
+		return last.Count, nil
+	case !last.More:
+		return sent, nil
+	}
+	rest, err := s.readPage(ctx, &pb.RangeRequest{
+		Key: page.Key, RangeEnd: page.RangeEnd, Revision: page.Revision, CountOnly: true, Serializable: true,
 	})
-	return resp.GetCount(), err
+	return sent + rest.GetCount(), err
 }
 
 const firstChunkKeys = 10
