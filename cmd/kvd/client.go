@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -71,7 +72,7 @@ func (o *clientOptions) complete(cmd *cobra.Command) error {
 		return usagef("--dial-timeout and --command-timeout must be above 0")
 	}
 	for _, endpoint := range o.endpoints {
-		if _, _, err := net.SplitHostPort(hostPort(endpoint)); err != nil && !strings.HasPrefix(endpoint, "unix") {
+		if _, _, err := net.SplitHostPort(hostPort(endpoint)); err != nil {
 			return usagef("--endpoints: %q is not host:port", endpoint)
 		}
 	}
@@ -121,6 +122,20 @@ func (o *clientOptions) connect(ctx context.Context, endpoints ...string) (*clie
 	return client, nil
 }
 
+// connectOne is connect for looking at one endpoint: one that refuses connections is not waited for.
+func (o *clientOptions) connectOne(ctx context.Context, endpoint string) (*clientv3.Client, error) {
+	if conn, err := dialTCP(ctx, endpoint); err == nil {
+		conn.Close()
+	} else if errors.Is(err, syscall.ECONNREFUSED) {
+		return nil, errors.New(reason(err))
+	}
+	client, err := o.connect(ctx, endpoint)
+	if err != nil && ctx.Err() == nil {
+		return nil, errors.New(o.probe(ctx, endpoint))
+	}
+	return client, err
+}
+
 // call connects and runs one request within --command-timeout.
 func (o *clientOptions) call(ctx context.Context, request func(context.Context, *clientv3.Client) error) error {
 	client, err := o.connect(ctx)
@@ -158,7 +173,7 @@ func (o *clientOptions) diagnose(ctx context.Context, endpoints []string) error 
 func (o *clientOptions) probe(ctx context.Context, endpoint string) string {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	conn, err := new(net.Dialer).DialContext(ctx, "tcp", hostPort(endpoint))
+	conn, err := dialTCP(ctx, endpoint)
 	if err != nil {
 		return reason(err)
 	}
@@ -187,6 +202,10 @@ func (o *clientOptions) probe(ctx context.Context, endpoint string) string {
 		return reason(err)
 	}
 	return "does not answer"
+}
+
+func dialTCP(ctx context.Context, endpoint string) (net.Conn, error) {
+	return (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", hostPort(endpoint))
 }
 
 func isPlainText(err error) bool {

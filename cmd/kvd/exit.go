@@ -39,8 +39,10 @@ var (
 	errUnhealthy = errors.New("unhealthy")
 	// errUnreachable: no connection to any endpoint.
 	errUnreachable = errors.New("no endpoint can be reached")
-	// errDataLost: acknowledged data is missing, or a backup is damaged.
+	// errDataLost: acknowledged data is missing.
 	errDataLost = errors.New("data lost")
+	// errDamaged: a backup is not what it was when it was made.
+	errDamaged = errors.New("damaged")
 	// errInterrupted: a signal ended the command before it was done.
 	errInterrupted = errors.New("interrupted")
 )
@@ -61,7 +63,7 @@ func exitCode(ctx context.Context, err error) int {
 		return exitOK
 	case errors.As(err, &usage):
 		return exitUsage
-	case errors.Is(err, errDataLost):
+	case errors.Is(err, errDataLost), errors.Is(err, errDamaged):
 		return exitDataLost
 	case ctx.Err() != nil, errors.Is(err, errInterrupted):
 		return exitInterrupted

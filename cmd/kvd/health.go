@@ -52,9 +52,9 @@ func (o *clientOptions) health(ctx context.Context, endpoint string) endpointHea
 	result := endpointHealth{Endpoint: endpoint}
 	start := time.Now()
 	err := func() error {
-		client, err := o.connect(ctx, endpoint)
+		client, err := o.connectOne(ctx, endpoint)
 		if err != nil {
-			return errors.New(o.probe(ctx, endpoint))
+			return err
 		}
 		defer client.Close()
 		ctx, cancel := context.WithTimeout(ctx, o.commandTimeout)

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -87,9 +86,9 @@ func (o *clientOptions) ask(ctx context.Context, endpoints []string) (nodes []no
 	for i, endpoint := range endpoints {
 		all.Go(func() {
 			nodes[i].endpoint = endpoint
-			client, err := o.connect(ctx, endpoint)
+			client, err := o.connectOne(ctx, endpoint)
 			if err != nil {
-				nodes[i].err = errors.New(o.probe(ctx, endpoint))
+				nodes[i].err = err
 				return
 			}
 			defer client.Close()

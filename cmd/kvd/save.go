@@ -149,7 +149,7 @@ func (d *trailingDigest) Write(b []byte) (int, error) {
 
 func (d *trailingDigest) check() error {
 	if len(d.tail) < sha256.Size || !bytes.Equal(d.tail, d.sum.Sum(nil)) {
-		return fmt.Errorf("%w: what arrived does not match the server's digest: try again", errDataLost)
+		return fmt.Errorf("what arrived is %w, it does not match the server's digest: try again", errDamaged)
 	}
 	return nil
 }

@@ -88,7 +88,7 @@ func damaged(path string, err error) error {
 	case errors.Is(err, snapshot.ErrVersion):
 		return fmt.Errorf("%s cannot be used by this version of kvd: %w", path, err)
 	case errors.Is(err, snapshot.ErrCorrupt), errors.Is(err, snapshot.ErrTruncated):
-		return fmt.Errorf("%w: %s is damaged and cannot be restored: %w", errDataLost, path, err)
+		return fmt.Errorf("%s is %w and cannot be restored: %w", path, errDamaged, err)
 	}
 	return err
 }
@@ -97,9 +97,13 @@ func (p *printer) backup(r backupReport) error {
 	if p.format == formatJSON {
 		return p.json(r)
 	}
+	compacted := "never"
+	if r.CompactRevision >= 0 {
+		compacted = fmt.Sprintf("at revision %d", r.CompactRevision)
+	}
 	rows := [][]string{
 		{"file", r.File}, {"size", size(r.SizeBytes)}, {"cluster", r.ClusterID},
-		{"revision", fmt.Sprint(r.Revision)}, {"compacted at", fmt.Sprint(r.CompactRevision)}, {"keys", fmt.Sprint(r.Keys)},
+		{"revision", fmt.Sprint(r.Revision)}, {"compacted", compacted}, {"keys", fmt.Sprint(r.Keys)},
 		{"raft index", fmt.Sprint(r.Index)}, {"raft term", fmt.Sprint(r.Term)}, {"members", strings.Join(r.Members, ", ")},
 	}
 	if p.format == formatTable {
