@@ -23,16 +23,25 @@ type pair struct {
 	nodes              int // of the subject
 }
 
-// play sends up to n made-up calls to both and stops at the first difference, which is about the last call made.
+// play sends n made-up calls to both, then reads the whole history that is left. It stops at the first difference,
+// which is about the last call made.
 func (p pair) play(ctx context.Context, seed uint64, n int, seen coverage) (made []call, diff string) {
 	g := newGenerator(seed)
-	for range n {
-		c := g.next(p.nodes)
+	differs := func(c call) bool {
 		made = append(made, c)
 		want, got := p.reference.ask(ctx, c), p.subject.ask(ctx, c)
 		g.learn(c, want)
 		seen.note(c, want)
-		if diff := difference(want, got); diff != "" {
+		diff = difference(want, got)
+		return diff != ""
+	}
+	for range n {
+		if differs(g.next(p.nodes)) {
+			return made, diff
+		}
+	}
+	for _, c := range g.history(p.nodes) {
+		if differs(c) {
 			return made, diff
 		}
 	}

@@ -106,6 +106,18 @@ func (g *generator) learn(c call, a answer) {
 	}
 }
 
+// history returns calls that read everything at many revisions, from the last compaction to the newest.
+func (g *generator) history(nodes int) []call {
+	const most = 200
+	low := max(g.compacted, 1)
+	var calls []call
+	for revision := low; revision <= g.revision; revision += (g.revision-low)/most + 1 {
+		everything := &pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte{0}, Revision: revision}
+		calls = append(calls, call{request: everything, node: len(calls) % nodes})
+	}
+	return calls
+}
+
 func (g *generator) chance(percent int) bool { return g.rng.IntN(100) < percent }
 
 func pick[T any](g *generator, from ...T) T { return from[g.rng.IntN(len(from))] }
