@@ -165,8 +165,12 @@ func (o *clientOptions) diagnose(ctx context.Context, endpoints []string) error 
 		all.Go(func() { reasons[i] = endpoint + " " + o.probe(ctx, endpoint) })
 	}
 	all.Wait()
-	return fmt.Errorf("%w (%s): is kvd running there? Start it with kvd start, or name others with --endpoints",
-		errUnreachable, strings.Join(reasons, ", "))
+	return unreachable(reasons)
+}
+
+// unreachable is an errUnreachable for these endpoints, or endpoints with reasons.
+func unreachable(endpoints []string) error {
+	return fmt.Errorf("%w (%s): start a node with kvd start, or name others with --endpoints", errUnreachable, strings.Join(endpoints, ", "))
 }
 
 // probe says in a few words why an endpoint cannot be used.

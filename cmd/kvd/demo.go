@@ -68,9 +68,9 @@ func (o *demoOptions) run(ctx context.Context, out io.Writer) (err error) {
 			n.kill()
 		}
 		switch {
-		case ctx.Err() != nil && err != nil:
-			fmt.Fprintln(out, "\nstopped; everything is removed")
-			err = errors.Join(errInterrupted, os.RemoveAll(dir))
+		case ctx.Err() != nil && err != nil && !errors.Is(err, errDataLost):
+			fmt.Fprintln(out)
+			err = errors.Join(fmt.Errorf("%w: the nodes and their data are removed", errInterrupted), os.RemoveAll(dir))
 		case err != nil:
 			err = fmt.Errorf("%w; the logs are in %s", err, filepath.Join(dir, "*.log"))
 		default:

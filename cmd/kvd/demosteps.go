@@ -209,7 +209,17 @@ func (d *demo) write(ctx context.Context, n int) error {
 	err = each(ctx, n, func(ctx context.Context, i int) error {
 		start := time.Now()
 		defer func() { busy.Add(int64(time.Since(start))) }()
-		return d.put(ctx, client, fmt.Sprintf("%s%06d", demoPrefix, first+i))
+		key := fmt.Sprintf("%s%06d", demoPrefix, first+i)
+		var refused error
+		err := d.until(ctx, "write "+key, nil, func(ctx context.Context) error {
+			err := d.put(ctx, client, key)
+			if err == nil || isUnavailable(err) { // to put the same value again is harmless
+				return err
+			}
+			refused = err
+			return nil
+		})
+		return errors.Join(err, refused)
 	})
 	if err != nil {
 		return fmt.Errorf("write %d pairs: %w", n, err)

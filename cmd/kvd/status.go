@@ -65,8 +65,7 @@ func judge(nodes []nodeStatus) error {
 	}
 	switch {
 	case len(nodes) == silent:
-		return fmt.Errorf("%w (%s): is kvd running there? Start it with kvd start, or name others with --endpoints",
-			errUnreachable, strings.Join(bad, ", "))
+		return unreachable(bad)
 	case len(bad) > 0:
 		return fmt.Errorf("%w: %d of %d nodes (%s): if they run, their logs say why", errUnhealthy, len(bad), len(nodes), strings.Join(bad, ", "))
 	}
