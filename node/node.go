@@ -106,6 +106,7 @@ func (n *Node) start(ctx, background context.Context) error {
 		n.server.StartGRPC(listeners.client)
 	}
 	n.tasks.Go(func() { n.awaitReady(background) })
+	n.tasks.Go(func() { n.introduce(background) })
 	return nil
 }
 
@@ -259,6 +260,41 @@ func (n *Node) awaitReady(ctx context.Context) {
 		case <-ctx.Done():
 		}
 	}
+}
+
+// introduce connects to every other member once, so that all learn this node's
+// addresses even if raft never makes the two talk, and this node learns theirs.
+func (n *Node) introduce(ctx context.Context) {
+	met := make(map[string]bool)
+	for {
+		members := n.members()
+		for _, m := range members {
+			if m.Name != n.cfg.Name && !met[m.Name] {
+				attempt, cancel := context.WithTimeout(ctx, pingTimeout)
+				_, err := n.transport.Call(attempt, m.Name, methodPing, nil)
+				cancel()
+				met[m.Name] = err == nil
+			}
+		}
+		pause := time.Second
+		if len(members) > 0 && allMet(members, met, n.cfg.Name) {
+			pause = 10 * time.Second
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func allMet(members []placement.Member, met map[string]bool, self string) bool {
+	for _, m := range members {
+		if m.Name != self && !met[m.Name] {
+			return false
+		}
+	}
+	return true
 }
 
 // Ready is closed when the node has answered its first linearizable read.

@@ -109,10 +109,17 @@ func (p *proposer) enqueue(item *proposal) error {
 	}
 	p.queue = append(p.queue, item)
 	p.bytes += len(item.request.Data)
-	if len(p.queue) == 1 {
+	if len(p.queue) == 1 || p.full() {
 		p.kick()
 	}
 	return nil
+}
+
+// full reports whether what is queued is worth an entry of its own while
+// others are in flight. Below that, waiting for them makes fewer, larger
+// entries, and each entry costs every replica a write to disk. p.mu is held.
+func (p *proposer) full() bool {
+	return len(p.queue) >= p.l.r.cfg.PipelineRequests || p.bytes >= p.l.r.cfg.PipelineBytes
 }
 
 func (p *proposer) kick() {
@@ -158,7 +165,7 @@ func (p *proposer) ready() bool {
 	e := p.l.role.Load()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.queue) > 0 && e != nil && e.isServing()
+	return len(p.queue) > 0 && (len(p.slots) == 0 || p.full()) && e != nil && e.isServing()
 }
 
 // take moves the head of the queue into a fresh entry.
@@ -213,6 +220,7 @@ func (p *proposer) complete() {
 		}
 		<-p.slots
 		p.open.Done()
+		p.kick()
 	}
 }
 

@@ -88,6 +88,8 @@ type Config struct {
 	MaxBatchBytes    int // of one log entry; 1 MiB
 	MaxBatchRequests int // of one log entry; 1024
 	MaxInflight      int // entries proposed and not yet applied; 4
+	PipelineRequests int // queued requests that do not wait for entries in flight; 256
+	PipelineBytes    int // queued bytes that do not; 128 KiB
 
 	SnapshotEntries uint64 // log entries between truncations; 10,000
 	SnapshotBytes   int64  // log bytes between truncations; 256 MiB
@@ -121,6 +123,8 @@ func (c *Config) setDefaults() {
 	setDefault(&c.MaxBatchBytes, 1<<20)
 	setDefault(&c.MaxBatchRequests, 1024)
 	setDefault(&c.MaxInflight, 4)
+	setDefault(&c.PipelineRequests, 256)
+	setDefault(&c.PipelineBytes, 128<<10)
 	setDefault(&c.SnapshotEntries, 10_000)
 	setDefault(&c.SnapshotBytes, 256<<20)
 	setDefault(&c.TrailingEntries, 5_000)
