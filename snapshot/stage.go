@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
+
+	"kvd/snapshot/boltcheck"
 )
 
 const (
@@ -42,8 +44,8 @@ type Staged struct {
 
 // Stage receives a stream from r, which must end where the stream ends, into a temporary file in dir. When it
 // returns without error, the file is durable (not yet its name), the stream was whole and undamaged, every
-// reachable page of the bbolt file in it has been checked (see checkFile: bounds, kinds, key order, no page
-// used twice) and bbolt opens it. What the file's buckets mean is not checked. On any error nothing is left
+// reachable page of the bbolt file in it has been checked (package boltcheck) and bbolt opens it. What the
+// file's buckets mean is not checked. On any error nothing is left
 // behind, unless the process dies.
 //
 // Memory is bounded by a chunk, a few pages, and a bit per page of the file. The declared size is checked
@@ -90,7 +92,9 @@ func receive(ctx context.Context, s *streamReader, f file) error {
 	if err != nil {
 		return err
 	}
-	if err := checkFile(ctx, f.Name()); err != nil {
+	if err := boltcheck.File(ctx, f.Name()); errors.Is(err, boltcheck.ErrCorrupt) {
+		return fmt.Errorf("%w: %w", ErrCorrupt, err)
+	} else if err != nil {
 		return err
 	}
 	return openOnce(f.Name())

@@ -100,6 +100,9 @@ func (s *Store) makeRoom(entries []*raft.Log) error {
 		return nil
 	}
 	if from == replace && from == first {
+		if guard := s.guard(); from <= guard {
+			return fmt.Errorf("%w: replacing %d to %d, guard %d", ErrGuarded, first, last, guard)
+		}
 		return s.removeDown(first, last)
 	}
 	return fmt.Errorf("%w: entry %d after %d", ErrGap, from, last)
@@ -128,7 +131,7 @@ func (s *Store) DeleteRange(lo, hi uint64) error {
 		return err
 	case first == 0 || lo > hi || lo > last || hi < first:
 		return nil
-	case lo <= first && hi >= last && guard < first:
+	case lo == first && hi >= last && guard < first:
 		s.write.Lock()
 		s.replace = first
 		s.write.Unlock()

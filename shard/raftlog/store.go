@@ -3,6 +3,7 @@
 package raftlog
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -18,6 +19,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.etcd.io/bbolt"
 	boltErrors "go.etcd.io/bbolt/errors"
+
+	"kvd/snapshot/boltcheck"
 )
 
 // Refusals. Nothing has been written when one of these is returned.
@@ -68,8 +71,9 @@ type Options struct {
 	// is none.
 	CacheBytes int
 
-	// Guard returns the highest index up to which the beginning of the log may be removed. It is asked at
-	// each removal, without a lock held, and may be called concurrently. nil allows everything.
+	// Guard returns the highest index up to which the beginning of the log may be removed, and above which
+	// its end. It is asked at each removal, must not call the Store, and may be called concurrently. nil
+	// allows everything to be removed.
 	Guard func() uint64
 
 	Logger     *slog.Logger          // nil discards
@@ -170,13 +174,13 @@ func syncDir(dir string) error {
 }
 
 // openBolt lets bbolt leave its list of free pages out of each commit: it finds them at start instead, which
-// reads only the keys.
-func openBolt(o Options) (_ *raftboltdb.BoltStore, err error) {
-	defer func() { // bbolt trusts the pages of the file
-		if p := recover(); p != nil {
-			err = fmt.Errorf("open raft log %s: %w: %v", o.Path, ErrCorrupt, p)
+// reads only the keys. It does that where a damaged page would end the process, hence the check before.
+func openBolt(o Options) (*raftboltdb.BoltStore, error) {
+	if info, err := os.Stat(o.Path); err == nil && info.Size() > 0 {
+		if err := boltcheck.File(context.Background(), o.Path); err != nil {
+			return nil, fmt.Errorf("open raft log: %w: %s: %w", ErrCorrupt, o.Path, err)
 		}
-	}()
+	}
 	bolt, err := raftboltdb.New(raftboltdb.Options{
 		Path:   o.Path,
 		NoSync: o.NoSync,
@@ -186,14 +190,12 @@ func openBolt(o Options) (_ *raftboltdb.BoltStore, err error) {
 		MsgpackUseNewTimeFormat: true,
 	})
 	switch {
-	case err == nil:
-		return bolt, nil
 	case errors.Is(err, boltErrors.ErrTimeout):
 		return nil, fmt.Errorf("open raft log %s: another process has it open", o.Path)
-	case errors.Is(err, boltErrors.ErrInvalid), errors.Is(err, boltErrors.ErrChecksum), errors.Is(err, boltErrors.ErrVersionMismatch):
-		return nil, fmt.Errorf("open raft log %s: %w: %w", o.Path, ErrCorrupt, err)
+	case err != nil:
+		return nil, fmt.Errorf("open raft log %s: %w", o.Path, err)
 	}
-	return nil, fmt.Errorf("open raft log %s: %w", o.Path, err)
+	return bolt, nil
 }
 
 // loadBounds reads the first and last index, and that these two entries are what their keys say.

@@ -277,12 +277,12 @@ func testModel(t *testing.T, open Open, errs Errors) {
 			"reset": func(rt *rapid.T) {
 				if rapid.IntRange(0, 4).Draw(rt, "rarely") == 0 {
 					noError(rt, m.s.Reset())
-					m.log = nil
+					m.log, m.replaceable = nil, false
 				}
 			},
 			"reopen": func(rt *rapid.T) {
 				noError(rt, m.s.Close())
-				m.s = reopen()
+				m.s, m.replaceable = reopen(), false
 			},
 			"": func(rt *rapid.T) { wantLog(t, m.s, m.log) },
 		})
@@ -294,6 +294,8 @@ type model struct {
 	errs Errors
 	log  []*raft.Log
 	term uint64
+
+	replaceable bool // all of the log, by what is stored next
 }
 
 func noError(rt *rapid.T, err error) {
@@ -325,11 +327,11 @@ func (m *model) append(rt *rapid.T) {
 	}
 	entries := Entries(from, from+rapid.Uint64Range(0, 20).Draw(rt, "more"), m.term)
 	noError(rt, m.s.StoreLogs(entries))
-	m.log = append(m.log, entries...)
+	m.log, m.replaceable = append(m.log, entries...), false
 }
 
 func (m *model) misplaced(rt *rapid.T) {
-	if len(m.log) == 0 {
+	if len(m.log) == 0 || m.replaceable {
 		return
 	}
 	from := rapid.Uint64Range(m.first(), m.last()+10).Filter(func(i uint64) bool { return i != m.last()+1 }).Draw(rt, "from")
@@ -349,6 +351,7 @@ func (m *model) beginning(rt *rapid.T, guard uint64) {
 	lo := rapid.Uint64Range(m.first()-min(3, m.first()), m.first()).Draw(rt, "lo")
 	hi := rapid.Uint64Range(m.first(), m.last()+2).Draw(rt, "hi")
 	noError(rt, m.s.DeleteRange(lo, hi))
+	m.replaceable = m.replaceable || lo == m.first() && hi >= m.last() && guard < lo
 	for len(m.log) > 0 && m.log[0].Index <= min(hi, guard) {
 		m.log = m.log[1:]
 	}
