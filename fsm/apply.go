@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -117,31 +118,87 @@ func (s *Store) commit(index, term uint64, c *raft.Configuration) {
 
 func (s *Store) applyEntry(term uint64, e entry) ([]Result, error) {
 	results := make([]Result, len(e.commands))
-	stale := e.floor != 0 && e.term != term
-	for _, c := range e.commands {
-		stale = stale || e.floor != 0 && e.floor <= s.spaces[c.space].revision
-	}
-	puts := make([]putResponse, e.puts)
-	var w writer
-	for i, c := range e.commands {
-		if stale {
+	if s.isStale(term, e) {
+		for i, c := range e.commands {
 			results[i].Err = ErrStaleFloor
-		} else {
-			w = s.newWriter(c.space)
-			if e.floor != 0 {
-				w.next = e.floor + int64(i)
-			}
-			if c.isPut {
-				w.response, puts = &puts[0], puts[1:]
-			}
-			var err error
-			if results[i], err = w.apply(c); err != nil {
-				return nil, fmt.Errorf("request %d: %w", i, err)
-			}
+			s.digestOutcome(c, ErrStaleFloor)
 		}
-		_, _ = s.hasher.Write([]byte{byte(c.space), errorCode(results[i].Err)})
+		return results, nil
+	}
+	a := application{store: s, entry: e, results: results, puts: make([]putResponse, e.puts)}
+	for i := 0; i < len(e.commands); {
+		n, err := a.apply(i)
+		if err != nil {
+			return nil, fmt.Errorf("request %d: %w", i, err)
+		}
+		i += n
 	}
 	return results, nil
+}
+
+// isStale says whether the revisions reserved for an entry cannot be used: they were given to a leader that has
+// been replaced, or are not above what the state has.
+func (s *Store) isStale(term uint64, e entry) bool {
+	if e.floor == 0 {
+		return false
+	}
+	return e.term != term || slices.ContainsFunc(e.commands, func(c command) bool { return e.floor <= s.spaces[c.space].revision })
+}
+
+func (s *Store) digestOutcome(c command, err error) {
+	_, _ = s.hasher.Write([]byte{byte(c.space), errorCode(err)})
+}
+
+// application is the work on one entry.
+type application struct {
+	store   *Store
+	entry   entry
+	results []Result
+	puts    []putResponse // not used yet
+	writer  writer
+}
+
+// begin makes the writer ready for the i-th command.
+func (a *application) begin(i int) *writer {
+	c := &a.entry.commands[i]
+	a.writer = a.store.newWriter(c.space)
+	if a.entry.floor != 0 {
+		a.writer.next = a.entry.floor + int64(i)
+	}
+	if c.isPut {
+		a.writer.response, a.puts = &a.puts[0], a.puts[1:]
+	}
+	return &a.writer
+}
+
+// apply applies the i-th command, or a run of plain puts that begins with it, and returns how many that were.
+func (a *application) apply(i int) (n int, err error) {
+	c := &a.entry.commands[i]
+	if !c.isPlainPut() {
+		a.results[i], err = a.begin(i).apply(*c)
+		a.store.digestOutcome(*c, a.results[i].Err)
+		return 1, err
+	}
+	// One hold of the lock for many puts: each Lock may have to wait for a reader's step.
+	a.store.mu.Lock()
+	for ; i+n < len(a.results) && n < scanBudget; n++ {
+		c := &a.entry.commands[i+n]
+		if !c.isPlainPut() {
+			break
+		}
+		w := a.begin(i + n)
+		if a.results[i+n].Err = w.checkPut(c.put); a.results[i+n].Err == nil {
+			a.results[i+n].Response = w.plainPut(c.put)
+		}
+		a.store.digestOutcome(*c, a.results[i+n].Err)
+	}
+	a.store.mu.Unlock()
+	return n, nil
+}
+
+// isPlainPut says whether a command is a put that needs to know nothing of the key.
+func (c *command) isPlainPut() bool {
+	return c.isPut && !c.put.prevKV && !c.put.ignoreValue && !c.put.ignoreLease
 }
 
 // putResponse is allocated for all puts of an entry at once.
@@ -195,11 +252,20 @@ func (w *writer) applyPut(p putCommand) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	w.put(p, true)
-	resp := &w.response.response
-	w.response.header.Revision = w.revision
-	resp.Header, resp.PrevKv = &w.response.header, prev
+	w.store.mu.Lock()
+	resp := w.plainPut(p)
+	w.store.mu.Unlock()
+	resp.PrevKv = prev
 	return Result{Response: resp}, nil
+}
+
+// plainPut is a transaction of one put, published. It needs the lock.
+func (w *writer) plainPut(p putCommand) *pb.PutResponse {
+	w.put(p)
+	w.space.revision = w.next
+	w.response.header.Revision = w.next
+	w.response.response.Header = &w.response.header
+	return &w.response.response
 }
 
 func (w *writer) applyTxn(r *pb.TxnRequest) (Result, error) {
@@ -239,7 +305,9 @@ func (w *writer) execute(ctx context.Context, b branch) (*pb.TxnResponse, error)
 			if err != nil {
 				return nil, err
 			}
-			w.put(p, false)
+			w.store.mu.Lock()
+			w.put(p)
+			w.store.mu.Unlock()
 			answer.Response = &pb.ResponseOp_ResponsePut{ResponsePut: &pb.PutResponse{
 				Header: &pb.ResponseHeader{Revision: w.revision}, PrevKv: prev,
 			}}
@@ -336,17 +404,12 @@ func (w *writer) change() mvcc.Revision {
 	return r
 }
 
-// put records a put. If it is all that the transaction does, it is also published.
-func (w *writer) put(p putCommand, publish bool) {
+// put records a put. It needs the lock.
+func (w *writer) put(p putCommand) {
 	s, sp, r := w.store, w.space, w.change()
-	s.mu.Lock()
 	stamp := sp.index.Put(p.key, r)
 	row := mvcc.AppendRow(s.arena.Take(mvcc.RowBytes(p.key, p.value, stamp, p.lease)), p.key, p.value, stamp, p.lease)
 	sp.active = append(sp.active, mvcc.Row{Revision: r, Data: row})
-	if publish {
-		sp.revision = w.next
-	}
-	s.mu.Unlock()
 	s.recorded(r, false, row)
 }
 
@@ -374,17 +437,14 @@ func (w *writer) deleteRange(r *pb.DeleteRangeRequest) (*pb.DeleteRangeResponse,
 
 func (w *writer) delete(hits []hit) {
 	s, sp := w.store, w.space
-	first := len(sp.active)
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	for _, h := range hits {
 		r := w.change()
 		sp.index.Delete(h.key, r)
 		row := mvcc.AppendTombstone(s.arena.Take(mvcc.TombstoneBytes(h.key)), h.key)
 		sp.active = append(sp.active, mvcc.Row{Revision: r, Tombstone: true, Data: row})
-	}
-	s.mu.Unlock()
-	for _, row := range sp.active[first:] {
-		s.recorded(row.Revision, true, row.Data)
+		s.recorded(r, true, row)
 	}
 }
 

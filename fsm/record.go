@@ -135,14 +135,14 @@ func parseConfiguration(b []byte) (c raft.Configuration, err error) {
 	return c, nil
 }
 
-// stored is what the meta bucket holds.
-type stored struct {
+// storedState is what the meta bucket holds.
+type storedState struct {
 	group, clusterID uint64
 	state            state
 	configuration    raft.Configuration
 }
 
-func readStored(tx *bbolt.Tx) (m stored, err error) {
+func readStored(tx *bbolt.Tx) (m storedState, err error) {
 	bucket := tx.Bucket(metaBucket)
 	if bucket == nil {
 		return m, fmt.Errorf("%w: no bucket %q", ErrCorruptState, metaBucket)

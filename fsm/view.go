@@ -14,8 +14,8 @@ import (
 	"kvd/fsm/mvcc"
 )
 
-// scanBudget is how many keys are looked at in one hold of the lock: some tens of microseconds.
-const scanBudget = 512
+// scanBudget is how many keys are looked at or changed in one hold of the lock: some ten microseconds.
+const scanBudget = 128
 
 // view reads one key space at a fixed revision. While it is open, no physical compaction that was not logically
 // done before it was opened touches the index or the file, so what it may read stays.
