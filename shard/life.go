@@ -93,7 +93,9 @@ func (r *Replica) raftConfig(notify chan bool) *raft.Config {
 	conf.LocalID = r.cfg.Replica
 	conf.HeartbeatTimeout = r.cfg.HeartbeatTimeout
 	conf.ElectionTimeout = r.cfg.ElectionTimeout
-	conf.LeaderLeaseTimeout = r.cfg.HeartbeatTimeout / 2
+	// No read trusts this lease: it only makes a leader without followers give
+	// up, and on a busy machine it should not be quick to.
+	conf.LeaderLeaseTimeout = r.cfg.HeartbeatTimeout
 	conf.CommitTimeout = min(50*time.Millisecond, r.cfg.HeartbeatTimeout/10)
 	conf.BatchApplyCh = true
 	conf.MaxAppendEntries = 64
