@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -173,6 +174,7 @@ func TestEtcdctlLooksAfterTheCluster(t *testing.T) {
 	for _, key := range []string{"a", "b", "c"} {
 		ctl.mustRun(t, "put", key, "value")
 	}
+	waitAcquainted(t, ctl)
 	t.Run("member list", func(t *testing.T) { checkMembers(t, ctl) })
 	t.Run("endpoint status", func(t *testing.T) {
 		checkStatus(t, ctl.mustRun(t, "endpoint", "status", "-w", "json"))
@@ -201,17 +203,42 @@ func decode(t *testing.T, out string, into any) {
 	}
 }
 
-func checkMembers(t *testing.T, ctl etcdctl) {
-	var list struct {
-		Members []struct {
-			ID                   uint64
-			Name                 string
-			PeerURLs, ClientURLs []string
+// member is what member list says of one node.
+type member struct {
+	ID                   uint64
+	Name                 string
+	PeerURLs, ClientURLs []string
+}
+
+func (e etcdctl) members(t *testing.T) []member {
+	var list struct{ Members []member }
+	decode(t, e.mustRun(t, "member", "list", "-w", "json"), &list)
+	return list.Members
+}
+
+// waitAcquainted returns when every node knows the addresses of all, which they tell each other after the start.
+func waitAcquainted(t *testing.T, ctl etcdctl) {
+	t.Helper()
+	const patience = 20 * time.Second
+	deadline := time.Now().Add(patience)
+	for _, endpoint := range ctl.endpoints {
+		for {
+			members := etcdctl{ctl.binary, []string{endpoint}}.members(t)
+			if !slices.ContainsFunc(members, func(m member) bool { return len(m.ClientURLs) == 0 || len(m.PeerURLs) == 0 }) {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%s still doesn't know every address: %+v", endpoint, members)
+			}
+			time.Sleep(50 * time.Millisecond)
 		}
 	}
-	decode(t, ctl.mustRun(t, "member", "list", "-w", "json"), &list)
+}
+
+func checkMembers(t *testing.T, ctl etcdctl) {
+	members := ctl.members(t)
 	names, ids, clients := map[string]bool{}, map[uint64]bool{}, map[string]bool{}
-	for _, m := range list.Members {
+	for _, m := range members {
 		names[m.Name], ids[m.ID] = true, true
 		if len(m.PeerURLs) != 1 || len(m.ClientURLs) != 1 {
 			t.Fatalf("%s has the URLs %q and %q", m.Name, m.PeerURLs, m.ClientURLs)
@@ -223,8 +250,8 @@ func checkMembers(t *testing.T, ctl etcdctl) {
 			t.Errorf("%s at %s is not listed", name, ctl.endpoints[i])
 		}
 	}
-	if len(list.Members) != 3 || len(ids) != 3 || ids[0] {
-		t.Errorf("want 3 members with ids of their own: %+v", list.Members)
+	if len(members) != 3 || len(ids) != 3 || ids[0] {
+		t.Errorf("want 3 members with ids of their own: %+v", members)
 	}
 	if simple := ctl.mustRun(t, "member", "list"); strings.Count(simple, ", started, n") != 3 {
 		t.Errorf("not three started members:\n%s", simple)
