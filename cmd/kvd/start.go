@@ -46,19 +46,24 @@ const (
 	defaultHTTP   = "127.0.0.1:2381"
 )
 
-func (o *startOptions) AddFlags(f *pflag.FlagSet) {
-	f.SortFlags = false
-	f.StringVar(&o.config, "config", "", "YAML file with settings; its keys are the names of these flags")
+// addClusterFlags adds what says which node of which cluster this is.
+func (o *startOptions) addClusterFlags(f *pflag.FlagSet) {
 	f.StringVar(&o.name, "name", "n1", "this node's name in its cluster; it never changes")
 	f.StringVar(&o.dataDir, "data-dir", "", `this node's directory, made on the first start (default "./<name>.kvd")`)
 	f.StringVar(&o.peers, "peers", "", "founding nodes and their peer addresses, n1=host:port,n2=host:port,...; the same on all of them (default: this node alone)")
+	f.StringVar(&o.strategy, "strategy", "full", "how keys are replicated: full = every key to every node")
+	f.StringVar(&o.clusterToken, "cluster-token", "kvd", "keeps clusters apart that could reach each other by mistake; the same on all nodes")
+}
+
+func (o *startOptions) AddFlags(f *pflag.FlagSet) {
+	f.SortFlags = false
+	f.StringVar(&o.config, "config", "", "YAML file with settings; its keys are the names of these flags")
+	o.addClusterFlags(f)
 	f.StringVar(&o.listenClient, "listen-client", defaultClient, "address for clients (gRPC)")
 	f.StringVar(&o.advertiseClient, "advertise-client", "", "address that clients are told (default: --listen-client)")
 	f.StringVar(&o.listenPeer, "listen-peer", "", `address for the other nodes (default: this node's in --peers, or "`+defaultPeer+`")`)
 	f.StringVar(&o.advertisePeer, "advertise-peer", "", "address that the other nodes are told (default: this node's in --peers, or --listen-peer)")
 	f.StringVar(&o.listenHTTP, "listen-http", defaultHTTP, `address for health, metrics and the JSON gateway; "none" for none`)
-	f.StringVar(&o.strategy, "strategy", "full", "how keys are replicated: full = every key to every node")
-	f.StringVar(&o.clusterToken, "cluster-token", "kvd", "keeps clusters apart that could reach each other by mistake; the same on all nodes")
 	f.StringVar(&o.certFile, "cert-file", "", "file of the certificate shown to clients; turns TLS on")
 	f.StringVar(&o.keyFile, "key-file", "", "file of its key")
 	f.StringVar(&o.trustedCAFile, "trusted-ca-file", "", "file of the CAs that client certificates must come from")
@@ -146,12 +151,9 @@ func (o *startOptions) logger(out io.Writer) (*slog.Logger, error) {
 
 // nodeConfig is the node that the options describe.
 func (o *startOptions) nodeConfig() (node.Config, error) {
-	peers, err := parsePeers(o.peers)
+	peers, err := o.founders()
 	if err != nil {
-		return node.Config{}, usagef("--peers: %v", err)
-	}
-	if _, named := peers[o.name]; len(peers) > 0 && !named {
-		return node.Config{}, usagef("--peers: this node, %s, is not among %s: correct --name or --peers", o.name, o.peers)
+		return node.Config{}, err
 	}
 	cfg := node.Config{
 		Name: o.name, DataDir: o.dataDir, ClusterToken: o.clusterToken, Strategy: o.strategy, Peers: peers,
@@ -173,6 +175,18 @@ func (o *startOptions) nodeConfig() (node.Config, error) {
 		return node.Config{}, &usageError{err}
 	}
 	return cfg, nil
+}
+
+// founders are the founding nodes and their peer addresses; empty for a cluster of this node alone.
+func (o *startOptions) founders() (map[string]string, error) {
+	peers, err := parsePeers(o.peers)
+	if err != nil {
+		return nil, usagef("--peers: %v", err)
+	}
+	if _, named := peers[o.name]; len(peers) > 0 && !named {
+		return nil, usagef("--peers: this node, %s, is not among %s: correct --name or --peers", o.name, o.peers)
+	}
+	return peers, nil
 }
 
 // completeAddresses fills in the addresses and the directory that follow from the others.
