@@ -38,13 +38,16 @@ func (t *Transport) Call(ctx context.Context, node, method string, payload []byt
 }
 
 // Ask sends a request to whoever listens at addr, over a connection of its own. The two nodes may be in
-// different clusters or in none. Errors are those of Call. Without a deadline in ctx it takes at most
+// different clusters or in none. A payload may have almost 16 MiB. Errors are those of Call. Without a deadline in ctx it takes at most
 // Config.AskTimeout.
 func (t *Transport) Ask(ctx context.Context, addr, method string, payload []byte) ([]byte, error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, t.cfg.AskTimeout)
 		defer cancel()
+	}
+	if n := len(payload); n > maxAskBytes-maxMethodBytes-32 {
+		return nil, fmt.Errorf("%w: %d bytes to ask", ErrTooLarge, n)
 	}
 	if err := t.ctx.Err(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, ErrClosed)

@@ -200,10 +200,10 @@ func appendAppendEntries(b []byte, r *raft.AppendEntriesRequest) []byte {
 	return b
 }
 
-// entriesBytes is an upper bound of what an AppendEntries takes beside its entries, or an entry beside
-// its data.
+// overheadBytes is an upper bound of what an AppendEntries takes beside its entries.
 const overheadBytes = 1 << 10
 
+// entryBytes is an upper bound of what an entry takes.
 func entryBytes(e *raft.Log) int { return len(e.Data) + len(e.Extensions) + 64 }
 
 // decodeRequest decodes a raft request of the given type.

@@ -20,9 +20,10 @@ var (
 )
 
 const (
-	maxInbox    = 1024 // raft messages of a group that wait for its main loop
-	maxAnswers  = 16   // raft messages of a group that its main loop has but not answered
-	maxReplicas = 128  // bytes of a replica id
+	maxInbox     = 1024 // raft messages of a group that wait for its main loop
+	smallMessage = 4096 // bytes of a raft message that a full inbox still takes, as all heartbeats and votes are
+	maxAnswers   = 16   // raft messages of a group that its main loop has but not answered
+	maxReplicas  = 128  // bytes of a replica id
 )
 
 // InstallFunc receives a snapshot. data yields exactly req.Size bytes and then io.EOF, or an error if the
@@ -210,8 +211,8 @@ func isHeartbeat(r *raft.AppendEntriesRequest) bool {
 	return len(r.Entries) == 0 && r.PrevLogEntry == 0 && r.PrevLogTerm == 0 && r.LeaderCommitIndex == 0
 }
 
-// AppendEntries implements raft.Transport. If the entries do not fit one message, it takes the last ones
-// out of args: raft goes on after those that args holds when the call returns.
+// AppendEntries implements raft.Transport. Entries beyond Config.MaxAppendBytes are taken out of args:
+// raft goes on after those that args holds when the call returns.
 func (g *Group) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
 	g.fit(args)
 	sent := time.Now() // before anything of it can leave
@@ -226,11 +227,12 @@ func (g *Group) AppendEntries(id raft.ServerID, target raft.ServerAddress, args 
 	return nil
 }
 
-// fit shortens the entries to what one message may hold, at least one.
+// fit shortens the entries to what one message should hold, but leaves one. A message that took longer
+// than RPCTimeout on a slow link would be sent over and over.
 func (g *Group) fit(args *raft.AppendEntriesRequest) {
 	size := overheadBytes
 	for i, e := range args.Entries {
-		if size += entryBytes(e); i > 0 && (size > g.t.cfg.MaxMessageBytes || i >= maxEntries) {
+		if size += entryBytes(e); i > 0 && (size > g.t.cfg.MaxAppendBytes || i >= maxEntries) {
 			args.Entries = args.Entries[:i]
 			return
 		}
@@ -376,7 +378,8 @@ func (c *conn) serveRaft(m message) error {
 func (g *Group) push(in inbound) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.inboxBytes >= g.t.cfg.InboxBytes || len(g.inbox) >= maxInbox {
+	full := g.inboxBytes >= g.t.cfg.InboxBytes && in.size > smallMessage
+	if full || len(g.inbox) >= maxInbox {
 		return false
 	}
 	g.inbox = append(g.inbox, in)

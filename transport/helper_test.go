@@ -14,6 +14,8 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
 )
 
 const testCluster = 0xc1
@@ -177,7 +179,6 @@ type spy struct {
 	pipelines  int
 	heartbeats int // calls of raft's heartbeat fast path
 	handler    bool
-	rpcs       chan raft.RPC
 }
 
 func (s *spy) RequestPreVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
@@ -281,4 +282,77 @@ func others(members []*member, not *member) (rest []*member) {
 		}
 	}
 	return rest
+}
+
+// rawPeer plays a node by hand: it shakes hands and then does what a test wants with the connection.
+type rawPeer struct {
+	l     net.Listener
+	conns chan *wire
+}
+
+// acceptAs listens as a node and accepts connections with a proper handshake.
+func (n *testNet) acceptAs(t *testing.T, node string) *rawPeer {
+	return n.acceptWith(t, node, helloReply{version: maxVersion, from: Peer{ClusterID: testCluster, Node: node}})
+}
+
+// acceptWith listens as a node and accepts connections with the given reply.
+func (n *testNet) acceptWith(t *testing.T, node string, reply helloReply) *rawPeer {
+	p := &rawPeer{l: n.listen(node), conns: make(chan *wire, 100)}
+	go func() {
+		for {
+			nc, err := p.l.Accept()
+			if err != nil {
+				close(p.conns)
+				return
+			}
+			w := newWire(nc, 128<<20)
+			if _, err := firstMessage(w, kindHello); err != nil {
+				t.Error(err)
+			}
+			if _, err := w.Write(appendFrame(nil, kindHelloReply, 0, appendHelloReply(nil, &reply))); err != nil {
+				t.Error(err)
+			}
+			p.conns <- w
+		}
+	}()
+	t.Cleanup(p.close)
+	return p
+}
+
+func (p *rawPeer) close() {
+	_ = p.l.Close()
+	for w := range p.conns {
+		_ = w.Close()
+	}
+}
+
+// dialAs connects to a node as another one would, by hand.
+func (n *testNet) dialAs(t *testing.T, from, to string, why purpose) *wire {
+	t.Helper()
+	addr, _ := n.resolve(to)
+	var nc net.Conn
+	var err error
+	if n.memory != nil {
+		nc, err = n.memory.Dial(t.Context(), from, addr)
+	} else {
+		nc, err = net.Dial("tcp", addr)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWire(nc, 128<<20)
+	if _, err := greet(w, &hello{minVersion, maxVersion, why, to, Peer{ClusterID: testCluster, Node: from}}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = w.Close() })
+	return w
+}
+
+// counted returns the value of a counter.
+func counted(c prometheus.Counter) float64 {
+	var m dto.Metric
+	if err := c.Write(&m); err != nil {
+		panic(err)
+	}
+	return m.GetCounter().GetValue()
 }

@@ -36,6 +36,7 @@ type Config struct {
 	Registerer prometheus.Registerer // nil = metrics are not registered
 
 	MaxMessageBytes    int           // longest message in either direction (128 MiB)
+	MaxAppendBytes     int           // of entries in one AppendEntries, which has at least one; more are left for the next (16 MiB)
 	QueueBytes         int           // a peer's send queue takes no more messages beyond this (32 MiB)
 	InboxBytes         int           // the same for a group's raft messages that wait for its main loop (32 MiB)
 	MaxConcurrentCalls int           // handlers of calls running at a time; more are answered ErrBusy (4096)
@@ -60,6 +61,7 @@ func (c *Config) setDefaults() {
 		c.OnPeer = func(Peer) {}
 	}
 	setDefault(&c.MaxMessageBytes, 128<<20)
+	setDefault(&c.MaxAppendBytes, min(16<<20, c.MaxMessageBytes))
 	setDefault(&c.QueueBytes, 32<<20)
 	setDefault(&c.InboxBytes, 32<<20)
 	setDefault(&c.MaxConcurrentCalls, 4096)
@@ -95,7 +97,7 @@ func (c *Config) Validate() error {
 	}
 	need(d.Identity != nil && d.Listener != nil && d.Dial != nil && d.Resolve != nil,
 		"Identity, Listener, Dial and Resolve are needed")
-	for _, v := range []int{d.MaxMessageBytes, d.QueueBytes, d.InboxBytes, d.MaxConcurrentCalls, d.MaxInbound, d.PipelineWindow} {
+	for _, v := range []int{d.MaxMessageBytes, d.MaxAppendBytes, d.QueueBytes, d.InboxBytes, d.MaxConcurrentCalls, d.MaxInbound, d.PipelineWindow} {
 		need(v > 0, "bounds must be positive")
 	}
 	for _, v := range []time.Duration{d.DialTimeout, d.RetryMin, d.RPCTimeout, d.HeartbeatTimeout, d.PingAfter,
@@ -104,6 +106,7 @@ func (c *Config) Validate() error {
 	}
 	need(d.RetryMax >= d.RetryMin, "RetryMax must not be below RetryMin")
 	need(d.SilenceTimeout > d.PingAfter, "SilenceTimeout must be above PingAfter")
+	need(d.MaxAppendBytes <= d.MaxMessageBytes, "MaxAppendBytes must not be above MaxMessageBytes")
 	need(d.MaxMessageBytes >= 1<<12, "MaxMessageBytes must be at least 4 KiB")
 	return errors.Join(errs...)
 }

@@ -1,0 +1,194 @@
+package transport
+
+import (
+	"bytes"
+	"errors"
+	"math"
+	"math/rand/v2"
+	"reflect"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// fill sets every field of a message to a random value other than zero, or to an extreme one.
+func fill(r *rand.Rand, v reflect.Value) {
+	switch v.Kind() {
+	case reflect.Struct:
+		if v.Type() == reflect.TypeFor[time.Time]() {
+			v.Set(reflect.ValueOf(time.Unix(r.Int64N(1<<34)-1<<33, r.Int64N(1e9)).UTC()))
+			return
+		}
+		for i := range v.NumField() {
+			fill(r, v.Field(i))
+		}
+	case reflect.Pointer:
+		v.Set(reflect.New(v.Type().Elem()))
+		fill(r, v.Elem())
+	case reflect.Slice:
+		n := 1 + r.IntN(5)
+		v.Set(reflect.MakeSlice(v.Type(), n, n))
+		for i := range n {
+			fill(r, v.Index(i))
+		}
+	case reflect.Uint64:
+		v.SetUint([]uint64{1, math.MaxUint64, 1 + r.Uint64N(1<<20)}[r.IntN(3)])
+	case reflect.Uint8:
+		v.SetUint(1 + r.Uint64N(255))
+	case reflect.Int, reflect.Int64:
+		v.SetInt(1 + r.Int64N(math.MaxInt64))
+	case reflect.Bool:
+		v.SetBool(true)
+	default:
+		panic("no value for " + v.Type().String())
+	}
+}
+
+var requests = []any{&raft.AppendEntriesRequest{}, &raft.RequestVoteRequest{}, &raft.RequestPreVoteRequest{},
+	&raft.TimeoutNowRequest{}, &raft.InstallSnapshotRequest{}}
+
+var responses = []any{&raft.AppendEntriesResponse{}, &raft.RequestVoteResponse{}, &raft.RequestPreVoteResponse{},
+	&raft.TimeoutNowResponse{}, &raft.InstallSnapshotResponse{}}
+
+// newLike returns a pointer to a new value of the type that like points to, filled or zero.
+func newLike(r *rand.Rand, like any, filled bool) any {
+	v := reflect.New(reflect.TypeOf(like).Elem())
+	if filled {
+		fill(r, v.Elem())
+	}
+	return v.Interface()
+}
+
+// TestMessagesRoundTrip fills every field there is, so a field that raft adds fails it.
+func TestMessagesRoundTrip(t *testing.T) {
+	r := seeded(t)
+	for range 50 {
+		for _, like := range requests {
+			for _, filled := range []bool{false, true} {
+				in := newLike(r, like, filled)
+				out, err := decodeRequest(typeOf(in), appendRequest(nil, in))
+				if err != nil || !reflect.DeepEqual(in, out) {
+					t.Fatalf("%T: %v\n%+v became\n%+v", in, err, in, out)
+				}
+			}
+		}
+		for _, like := range responses {
+			for _, filled := range []bool{false, true} {
+				in, out := newLike(r, like, filled), newLike(r, like, true)
+				if err := decodeResponse(appendResponse(nil, in), out); err != nil || !reflect.DeepEqual(in, out) {
+					t.Fatalf("%T, decoded into a used one: %v\n%+v became\n%+v", in, err, in, out)
+				}
+			}
+		}
+	}
+}
+
+func TestEntriesKeepNilAndEmptyApart(t *testing.T) {
+	in := &raft.AppendEntriesRequest{Entries: []*raft.Log{{Data: nil, Extensions: []byte{}}, {Data: []byte{}}}}
+	out, err := decodeRequest(typeAppendEntries, appendRequest(nil, in))
+	if err != nil || !reflect.DeepEqual(in, out) {
+		t.Fatalf("%v: %+v", err, out)
+	}
+}
+
+// TestFailedDecodeLeavesNothing: what is left of an earlier answer must not pass for this one's.
+func TestFailedDecodeLeavesNothing(t *testing.T) {
+	r := seeded(t)
+	for _, like := range responses {
+		b := appendResponse(nil, newLike(r, like, true))
+		for cut := range len(b) {
+			out := newLike(r, like, true)
+			err := decodeResponse(b[:cut], out)
+			if !errors.Is(err, errMalformed) || !reflect.DeepEqual(out, newLike(r, like, false)) {
+				t.Fatalf("%T cut to %d of %d bytes: %v, %+v", like, cut, len(b), err, out)
+			}
+		}
+	}
+}
+
+func TestCutRequestsAreRefused(t *testing.T) {
+	r := seeded(t)
+	for _, like := range requests {
+		b := appendRequest(nil, newLike(r, like, true))
+		for cut := range len(b) {
+			if _, err := decodeRequest(typeOf(like), b[:cut]); !errors.Is(err, errMalformed) {
+				t.Fatalf("%T cut to %d of %d bytes: %v", like, cut, len(b), err)
+			}
+		}
+		if _, err := decodeRequest(typeOf(like), append(b, 0)); !errors.Is(err, errMalformed) {
+			t.Fatalf("%T with a byte too many: %v", like, err)
+		}
+	}
+}
+
+func TestHandshakesRoundTrip(t *testing.T) {
+	p := Peer{math.MaxUint64, "node-1", 7, "a:1", "b:2", ""}
+	h := hello{1, 2, purposeAsk, "other", p}
+	if got, err := parseHello(appendHello(nil, &h)); err != nil || got != h {
+		t.Errorf("%+v, %v", got, err)
+	}
+	reply := helloReply{1, verdictCluster, p, "because"}
+	if got, err := parseHelloReply(appendHelloReply(nil, &reply)); err != nil || got != reply {
+		t.Errorf("%+v, %v", got, err)
+	}
+	for _, node := range []string{"", "a/b", "a b", string(bytes.Repeat([]byte("x"), 64))} {
+		h.from.Node = node
+		if _, err := parseHello(appendHello(nil, &h)); !errors.Is(err, errMalformed) {
+			t.Errorf("node name %q: %v", node, err)
+		}
+	}
+}
+
+// FuzzMessages: whatever arrives is refused or decodes to something that encodes back.
+func FuzzMessages(f *testing.F) {
+	r := rand.New(rand.NewPCG(1, 2))
+	for i, like := range requests {
+		f.Add(uint8(i), appendRequest(nil, newLike(r, like, true)))
+		f.Add(uint8(i+len(requests)), appendResponse(nil, newLike(r, responses[i], true)))
+	}
+	f.Add(uint8(0), []byte{0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0x0f})
+	f.Fuzz(func(t *testing.T, which uint8, b []byte) {
+		i := int(which) % (2 * len(requests))
+		if i < len(requests) {
+			req, err := decodeRequest(typeOf(requests[i]), b)
+			if err != nil {
+				return
+			}
+			again, err := decodeRequest(typeOf(requests[i]), appendRequest(nil, req))
+			if err != nil || !reflect.DeepEqual(req, again) {
+				t.Fatalf("%+v became %+v, %v", req, again, err)
+			}
+			return
+		}
+		like := responses[i-len(requests)]
+		resp, again := newLike(r, like, false), newLike(r, like, false)
+		if decodeResponse(b, resp) != nil {
+			return
+		}
+		if err := decodeResponse(appendResponse(nil, resp), again); err != nil || !reflect.DeepEqual(resp, again) {
+			t.Fatalf("%+v became %+v, %v", resp, again, err)
+		}
+	})
+}
+
+func FuzzHandshakes(f *testing.F) {
+	p := Peer{1, "n1", 2, "a", "b", "c"}
+	f.Add(appendHello(nil, &hello{1, 1, purposePeer, "n2", p}))
+	f.Add(appendHelloReply(nil, &helloReply{1, 0, p, "reason"}))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if h, err := parseHello(b); err == nil {
+			if again, err := parseHello(appendHello(nil, &h)); err != nil || again != h {
+				t.Fatalf("%+v became %+v, %v", h, again, err)
+			}
+		}
+		if r, err := parseHelloReply(b); err == nil {
+			if again, err := parseHelloReply(appendHelloReply(nil, &r)); err != nil || again != r {
+				t.Fatalf("%+v became %+v, %v", r, again, err)
+			}
+		}
+		if _, err := parseOutcome(b); err != nil && len(err.Error()) == 0 {
+			t.Fatal("an error without text")
+		}
+	})
+}
