@@ -65,7 +65,7 @@ func stage(ctx context.Context, r io.Reader, dir string, ops fileOps) (_ *Staged
 	}
 	f, err := ops.create(dir)
 	if err != nil {
-		return nil, fmt.Errorf("stage snapshot: %w", err)
+		return nil, spaceError(fmt.Errorf("stage snapshot: %w", err))
 	}
 	staged := &Staged{Path: f.Name(), Meta: s.meta, Size: s.bodyBytes, ops: ops}
 	if err := receive(ctx, s, f); err != nil {
@@ -86,11 +86,8 @@ func receive(ctx context.Context, s *streamReader, f file) error {
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}
-	if errors.Is(err, syscall.ENOSPC) {
-		err = fmt.Errorf("%w: %w", ErrNoSpace, err)
-	}
 	if err != nil {
-		return err
+		return spaceError(err)
 	}
 	if err := boltcheck.File(ctx, f.Name()); errors.Is(err, boltcheck.ErrCorrupt) {
 		return fmt.Errorf("%w: %w", ErrCorrupt, err)
@@ -98,6 +95,14 @@ func receive(ctx context.Context, s *streamReader, f file) error {
 		return err
 	}
 	return openOnce(f.Name())
+}
+
+// spaceError makes an ErrNoSpace of a full disk's error.
+func spaceError(err error) error {
+	if errors.Is(err, syscall.ENOSPC) {
+		return fmt.Errorf("%w: %w", ErrNoSpace, err)
+	}
+	return err
 }
 
 func checkSpace(ops fileOps, dir string, needBytes int64) error {

@@ -139,20 +139,20 @@ func (s *Store) HoldIndex() (index uint64, ok bool) {
 	return index, true
 }
 
-// Guard returns the highest index up to which the log may be truncated: everything up to it is durable in
-// the state, and no stream needs it.
+// Guard returns the highest index up to which the log may be truncated: everything up to there is durable in
+// the state, and no stream needs it, not even one that is opened next, which ends with the last durable entry.
 //
 // The order matters. A stream takes its hold before it opens its transaction. If no hold is seen here, the
 // transaction of any later stream is opened after the durable index was read, and so contains it.
 func (s *Store) Guard() uint64 {
 	meta, ok := s.src.SnapshotMeta()
-	if !ok {
+	if !ok || meta.Index == 0 {
 		return 0
 	}
 	if h, held := s.HoldIndex(); held {
-		return min(meta.Index, max(h, 1)-1)
+		return min(meta.Index, h) - 1
 	}
-	return meta.Index
+	return meta.Index - 1
 }
 
 // Open starts a stream of the newest durable state, whatever id names: raft goes by the metadata returned
@@ -169,7 +169,7 @@ func (s *Store) Open(string) (*raft.SnapshotMeta, io.ReadCloser, error) {
 	var ctx context.Context
 	ctx, r.cancel = context.WithCancel(s.ctx)
 	r.pipe, r.feed = io.Pipe()
-	if err := s.hold(r, durable.Index); err != nil {
+	if err := s.hold(r, max(durable.Index, 1)); err != nil {
 		r.cancel()
 		return nil, nil, err
 	}

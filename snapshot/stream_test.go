@@ -319,19 +319,21 @@ func fixChecksums(s []byte) []byte {
 }
 
 func FuzzStage(f *testing.F) {
-	db := newDB(f, newRand(8), 20)
+	db := newDB(f, newRand(8), 3)
 	stream, _ := db.stream(f)
+	f.Logf("a stream of %d bytes", len(stream))
 	f.Add(stream)
 	f.Add(stream[:len(stream)/2])
 	f.Add(appendHeader(nil, make([]byte, 66), 4096))
 	dir := f.TempDir()
+	disk := failingOps{noSync: true}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		for _, s := range [][]byte{b, fixChecksums(b)} {
 			_, verr := Verify(ctx, bytes.NewReader(s))
 			if verr != nil && refusal(verr) == nil {
 				t.Fatalf("untyped: %v", verr)
 			}
-			staged, err := Stage(ctx, bytes.NewReader(s), dir)
+			staged, err := stage(ctx, bytes.NewReader(s), dir, disk)
 			if err != nil {
 				if refusal(err) == nil && !errors.Is(err, ErrNoSpace) {
 					t.Fatalf("untyped: %v", err)
