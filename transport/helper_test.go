@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -141,20 +142,20 @@ func noInstall(context.Context, *raft.InstallSnapshotRequest, io.Reader) (*raft.
 // testFSM remembers the commands applied.
 type testFSM struct {
 	mu      sync.Mutex
-	applied [][]byte
+	applied []string
 }
 
 func (f *testFSM) Apply(l *raft.Log) any {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.applied = append(f.applied, l.Data)
+	f.applied = append(f.applied, string(l.Data))
 	return len(f.applied)
 }
 
-func (f *testFSM) count() int {
+func (f *testFSM) commands() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(f.applied)
+	return slices.Clone(f.applied)
 }
 
 func (f *testFSM) Snapshot() (raft.FSMSnapshot, error) { return nil, errors.New("no snapshots") }
@@ -179,6 +180,50 @@ type spy struct {
 	pipelines  int
 	heartbeats int // calls of raft's heartbeat fast path
 	handler    bool
+	refuse     int // AppendEntries with entries to answer without success, in raft's place
+	filtered   chan raft.RPC
+}
+
+// refuseNext makes the spy refuse that many AppendEntries with entries.
+func (s *spy) refuseNext(n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.refuse = n
+}
+
+// Consumer passes on what the Group receives, except what is to be refused.
+func (s *spy) Consumer() <-chan raft.RPC {
+	s.filtered = make(chan raft.RPC)
+	s.tasks.Go(func() {
+		for {
+			select {
+			case rpc := <-s.Group.Consumer():
+				s.filter(rpc)
+			case <-s.ctx.Done():
+				return
+			}
+		}
+	})
+	return s.filtered
+}
+
+func (s *spy) filter(rpc raft.RPC) {
+	if req, ok := rpc.Command.(*raft.AppendEntriesRequest); ok && len(req.Entries) > 0 {
+		s.mu.Lock()
+		refuse := s.refuse > 0
+		if refuse {
+			s.refuse--
+		}
+		s.mu.Unlock()
+		if refuse {
+			rpc.Respond(&raft.AppendEntriesResponse{Term: req.Term, LastLog: req.PrevLogEntry, NoRetryBackoff: true}, nil)
+			return
+		}
+	}
+	select {
+	case s.filtered <- rpc:
+	case <-s.ctx.Done():
+	}
 }
 
 func (s *spy) RequestPreVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {

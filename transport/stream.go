@@ -200,7 +200,7 @@ func (t *Transport) receiveSnapshot(w *wire, from Peer) {
 	}) {
 		return
 	}
-	outcome := t.installing(w, func() []byte { return t.runInstall(ctx, replicaKey{group, replica}, req, r) })
+	outcome := t.installing(w, cancel, func() []byte { return t.runInstall(ctx, replicaKey{group, replica}, req, r) })
 	_ = r.CloseWithError(errors.New("the snapshot's receiver has finished"))
 	_ = w.SetWriteDeadline(time.Now().Add(t.cfg.StreamTimeout))
 	if _, err := w.Write(appendFrame(nil, kindRaftResponse, 0, outcome)); err != nil {
@@ -231,8 +231,9 @@ func (t *Transport) streamRequest(w *wire) (group uint64, replica string, req *r
 	return group, replica, decoded.(*raft.InstallSnapshotRequest), nil
 }
 
-// installing runs f and pings the sender meanwhile.
-func (t *Transport) installing(w *wire, f func() []byte) []byte {
+// installing runs f and pings the sender meanwhile. A ping that fails is how a broken connection is noticed
+// while f does not read.
+func (t *Transport) installing(w *wire, broken context.CancelCauseFunc, f func() []byte) []byte {
 	done := make(chan []byte, 1)
 	go func() { done <- f() }()
 	ticker := time.NewTicker(t.cfg.StreamTimeout / 4)
@@ -243,7 +244,10 @@ func (t *Transport) installing(w *wire, f func() []byte) []byte {
 			return outcome
 		case <-ticker.C:
 			_ = w.SetWriteDeadline(time.Now().Add(t.cfg.StreamTimeout))
-			_, _ = w.Write(appendFrame(nil, kindPing, 0, nil)) // a failure shows in the pump as well
+			if _, err := w.Write(appendFrame(nil, kindPing, 0, nil)); err != nil {
+				broken(fmt.Errorf("%w: %w", ErrConnectionLost, err))
+				_ = w.Close()
+			}
 		}
 	}
 }
