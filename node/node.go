@@ -174,9 +174,12 @@ func (n *Node) openReplica() error {
 			return err
 		}
 	} else if lost := missing(cfg.Dir, n.cfg.OpenLog == nil); lost != "" {
-		return fmt.Errorf("%s is missing: %w", lost, used)
+		return fmt.Errorf("%s is missing or empty: %w", lost, used)
 	}
 	replica, err := shard.Open(cfg)
+	if errors.Is(err, raftlog.ErrCorrupt) || errors.Is(err, fsm.ErrCorruptState) || errors.Is(err, shard.ErrLogGap) {
+		return fmt.Errorf("data directory %s is damaged: %w: restore it, or delete its contents so that the node rejoins its cluster with an empty one", n.cfg.DataDir, err)
+	}
 	if err != nil {
 		return err
 	}
@@ -195,7 +198,8 @@ func (n *Node) reconcile() {
 	n.reconciler = r
 }
 
-// missing names a file without which the replica is not itself.
+// missing names a file without which the replica is not itself. bbolt would
+// take an empty one for new.
 func missing(dir string, withLog bool) string {
 	files := []string{shard.StateFile}
 	if withLog {
@@ -203,7 +207,7 @@ func missing(dir string, withLog bool) string {
 	}
 	for _, name := range files {
 		path := filepath.Join(dir, name)
-		if _, err := os.Stat(path); err != nil {
+		if info, err := os.Stat(path); err != nil || info.Size() == 0 {
 			return path
 		}
 	}

@@ -134,6 +134,9 @@ func (n *Node) admit(ctx context.Context, payload []byte) bootstrap.RejoinRespon
 	if err != nil {
 		return refuse(bootstrap.NotNow, err.Error())
 	}
+	if len(members) == 0 {
+		return refuse(bootstrap.NotNow, "the leader has not written the cluster map yet")
+	}
 	judge := bootstrap.Cluster{
 		ClusterID: n.dir.ClusterID(), Token: n.cfg.ClusterToken, Strategy: n.cfg.Strategy,
 		Reporting: func(m bootstrap.Member) bool { return n.answers(ctx, m) },

@@ -122,12 +122,17 @@ func (f *Formation) HandleAsk(_ context.Context, payload []byte) ([]byte, error)
 	return encodeMessage(&s)
 }
 
-// Run returns when this node is a member (at once if it was one before), or knows that it must rejoin; or with
-// an error: the context's, the file system's, or one that tells the operator what to correct. After an error
-// of the file system the process should end; after any other, Run may be called again.
+// Run returns when this node is a member (after one round of questions if it was one before), or knows that it
+// must rejoin; or with an error: the context's, the file system's, or one that tells the operator what to correct.
+// After an error of the file system the process should end; after any other, Run may be called again.
 func (f *Formation) Run(ctx context.Context) (Outcome, error) {
+	if f.machine.id.ClusterID != 0 {
+		if err := f.machine.stranded(f.round(ctx, f.machine.others())); err != nil {
+			return Outcome{}, fmt.Errorf("data directory %s: %w", f.cfg.Dir.path, err)
+		}
+	}
 	for f.machine.id.ClusterID == 0 {
-		answers := f.round(ctx)
+		answers := f.round(ctx, f.machine.peers())
 		if err := ctx.Err(); err != nil {
 			return Outcome{}, err
 		}
@@ -177,8 +182,8 @@ func (f *Formation) take(s step) error {
 	return nil
 }
 
-// round asks every peer once and returns when all have answered or failed.
-func (f *Formation) round(ctx context.Context) map[string]answer {
+// round asks each of the named peers once and returns when all have answered or failed.
+func (f *Formation) round(ctx context.Context, names []string) map[string]answer {
 	payload, _ := encodeMessage(statusRequest{protocolVersion}) // of constant size
 	var (
 		mu      sync.Mutex
@@ -186,7 +191,7 @@ func (f *Formation) round(ctx context.Context) map[string]answer {
 		answers = map[string]answer{}
 		slots   = make(chan struct{}, f.cfg.MaxConcurrentAsks)
 	)
-	for _, name := range f.machine.peers() {
+	for _, name := range names {
 		addr, ok := f.machine.set.Peers[name]
 		if !ok {
 			continue

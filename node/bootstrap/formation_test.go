@@ -519,6 +519,38 @@ func TestFormationMeetsACluster(t *testing.T) {
 	})
 }
 
+// A member whose peers are all of another cluster has been started in the wrong place, and says so. One such peer
+// does not stop it.
+func TestFormationRefusesADirectoryOfAnotherCluster(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, 1)
+		defer c.stopAll()
+		for _, h := range c.addAll(3) {
+			h.start(nil)
+		}
+		alone := c.add("host4:1", Settings{Name: "n1", Token: "t", Strategy: "full"})
+		alone.start(nil)
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		alone.crash()
+		alone.set.Peers = map[string]string{"n1": "host4:1", "n2": "host2:1", "n3": "host3:1"}
+		alone.start(nil)
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		if err := alone.err; !errors.Is(err, ErrOtherCluster) || !strings.Contains(err.Error(), alone.path) {
+			t.Errorf("all peers are of another cluster: %v", err)
+		}
+		alone.crash()
+		c.hosts["host3:1"].crash()
+		alone.start(nil)
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		if alone.outcome == nil || alone.err != nil {
+			t.Errorf("one peer is of another cluster, and one is down: %+v, %v", alone.outcome, alone.err)
+		}
+	})
+}
+
 // A node that waits says for whom, but not all the time.
 func TestFormationSaysForWhomItWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -539,6 +571,8 @@ func TestFormationSaysForWhomItWaits(t *testing.T) {
 type askerFunc func(ctx context.Context) ([]byte, error)
 
 func (f askerFunc) Ask(ctx context.Context, _, _ string, _ []byte) ([]byte, error) { return f(ctx) }
+
+var unreachable askerFunc = func(context.Context) ([]byte, error) { return nil, errors.New("connection refused") }
 
 // Each question has a deadline, and only so many are out at a time.
 func TestFormationBoundsItsQuestions(t *testing.T) {
@@ -562,7 +596,7 @@ func TestFormationBoundsItsQuestions(t *testing.T) {
 			t.Fatal(err)
 		}
 		begin := time.Now()
-		f.round(context.Background())
+		f.round(context.Background(), f.machine.peers())
 		if most != 3 || time.Since(begin) != 7*time.Second {
 			t.Fatalf("%d questions at once, a round of %v", most, time.Since(begin))
 		}

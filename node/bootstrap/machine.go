@@ -125,6 +125,29 @@ func (m *machine) peers() []string {
 	return slices.DeleteFunc(names, func(name string) bool { return name == m.set.Name })
 }
 
+// others are the nodes in --peers but for this one.
+func (m *machine) others() []string {
+	return slices.DeleteFunc(m.set.names(), func(name string) bool { return name == m.set.Name })
+}
+
+// stranded is for a node that is a member: it refuses to go on if every other node in --peers is a member of one
+// and the same other cluster. One that is not must not keep this node from starting.
+func (m *machine) stranded(answers map[string]answer) error {
+	var cluster uint64
+	for _, name := range m.others() {
+		s := answers[name].status
+		if s == nil || s.Name != name || s.ClusterID == 0 || s.ClusterID == m.id.ClusterID || cluster != 0 && s.ClusterID != cluster {
+			return nil
+		}
+		cluster = s.ClusterID
+	}
+	if cluster == 0 {
+		return nil
+	}
+	return fmt.Errorf("%w: it is of cluster %016x, and all others in --peers are of %016x: correct --peers, or choose another --data-dir",
+		ErrOtherCluster, m.id.ClusterID, cluster)
+}
+
 func (m *machine) source(name string) string {
 	return fmt.Sprintf("node %s (%s)", name, m.set.Peers[name])
 }

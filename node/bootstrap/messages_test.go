@@ -119,7 +119,7 @@ func FuzzMessages(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Cleanup(func() { d.Close() })
-	formation, err := New(Config{Dir: d, Asker: askerFunc(nil)})
+	formation, err := New(Config{Dir: d, Asker: unreachable})
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -143,7 +143,7 @@ func FuzzMessages(f *testing.F) {
 
 func TestHandleAskRefusesNonsense(t *testing.T) {
 	d := mustOpen(t, t.TempDir(), threeNodes("n1"))
-	f, err := New(Config{Dir: d, Asker: askerFunc(nil)})
+	f, err := New(Config{Dir: d, Asker: unreachable})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -166,7 +166,7 @@ func TestHandleAskTellsPresentMembers(t *testing.T) {
 		t.Fatal(err)
 	}
 	var present []Member
-	f, err := New(Config{Dir: d, Asker: askerFunc(nil), Members: func() []Member { return present }})
+	f, err := New(Config{Dir: d, Asker: unreachable, Members: func() []Member { return present }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -253,7 +253,7 @@ func TestRejoinIsJudged(t *testing.T) {
 func TestCompleteRejoin(t *testing.T) {
 	path := t.TempDir()
 	d := mustOpen(t, path, threeNodes("n2"))
-	f, err := New(Config{Dir: d, Asker: askerFunc(nil)})
+	f, err := New(Config{Dir: d, Asker: unreachable})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -278,7 +278,7 @@ func TestCompleteRejoin(t *testing.T) {
 	}
 	mustClose(t, d)
 	d = mustOpen(t, path, threeNodes("n2"))
-	if f, err = New(Config{Dir: d, Asker: askerFunc(nil)}); err != nil {
+	if f, err = New(Config{Dir: d, Asker: unreachable}); err != nil {
 		t.Fatal(err)
 	}
 	if again, err := f.Run(context.Background()); err != nil || !reflect.DeepEqual(again, out) {

@@ -30,6 +30,8 @@ var (
 	ErrReplaced = errors.New("replaced by another incarnation")
 	// ErrTwoClusters: the peers belong to different clusters.
 	ErrTwoClusters = errors.New("peers belong to different clusters")
+	// ErrOtherCluster: the directory is of another cluster than the peers.
+	ErrOtherCluster = errors.New("of another cluster than the peers")
 )
 
 // MismatchError names the flag whose value differs from what the directory or a peer has. It is an ErrMismatch.
