@@ -18,7 +18,7 @@ import (
 
 // Liveness is how long a healthy cluster may take for anything, on a slow and busy machine. It is no
 // measurement: what takes that long is stuck.
-const Liveness = 60 * time.Second
+const Liveness = 120 * time.Second
 
 // TLS is what client and peer connections use.
 type TLS uint8
@@ -143,11 +143,10 @@ func (c *Cluster) args(n *Node) []string {
 	}
 	if c.cfg.TLS != Plain {
 		args = append(args, "--cert-file", c.Certs.Cert, "--key-file", c.Certs.Key,
-			"--peer-cert-file", c.Certs.Cert, "--peer-key-file", c.Certs.Key,
-			"--trusted-ca-file", c.Certs.CA, "--peer-trusted-ca-file", c.Certs.CA)
+			"--peer-cert-file", c.Certs.Cert, "--peer-key-file", c.Certs.Key, "--peer-trusted-ca-file", c.Certs.CA)
 	}
 	if c.cfg.TLS == MutualTLS {
-		args = append(args, "--client-cert-auth")
+		args = append(args, "--client-cert-auth", "--trusted-ca-file", c.Certs.CA) // either one asks for certificates, as in etcd
 	}
 	return append(args, c.cfg.Args...)
 }

@@ -3,6 +3,7 @@ package cluster
 import (
 	"net"
 	"sync"
+	"time"
 )
 
 // linkState is what a link does with connections.
@@ -22,6 +23,7 @@ type Link struct {
 
 	mu      sync.Mutex
 	state   linkState
+	rate    int           // bytes per second of each connection and direction; 0 = no bound
 	changed chan struct{} // closed at the next change of state
 	conns   map[net.Conn]struct{}
 	closed  bool
@@ -47,8 +49,18 @@ func (l *Link) Cut() { l.set(linkCut) }
 // Freeze stops delivery in both directions without closing anything, as a lossy network does.
 func (l *Link) Freeze() { l.set(linkFrozen) }
 
-// Heal undoes Cut and Freeze.
-func (l *Link) Heal() { l.set(linkUp) }
+// Slow bounds what each connection carries, in bytes per second and direction.
+func (l *Link) Slow(bytesPerSecond int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.rate = bytesPerSecond
+}
+
+// Heal undoes Cut, Freeze and Slow.
+func (l *Link) Heal() {
+	l.Slow(0)
+	l.set(linkUp)
+}
 
 func (l *Link) set(state linkState) {
 	l.mu.Lock()
@@ -138,7 +150,7 @@ func (l *Link) serve(near net.Conn) {
 func (l *Link) pump(from, to net.Conn) {
 	buffer := make([]byte, 64<<10)
 	for {
-		n, err := from.Read(buffer)
+		n, err := from.Read(buffer[:l.delay(0)])
 		if n > 0 {
 			if !l.pass() {
 				return
@@ -146,11 +158,24 @@ func (l *Link) pump(from, to net.Conn) {
 			if _, err := to.Write(buffer[:n]); err != nil {
 				return
 			}
+			l.delay(n)
 		}
 		if err != nil {
 			return
 		}
 	}
+}
+
+// delay waits as long as n bytes take on a slow link, and returns how many to carry at once.
+func (l *Link) delay(n int) int {
+	l.mu.Lock()
+	rate := l.rate
+	l.mu.Unlock()
+	if rate == 0 {
+		return 64 << 10
+	}
+	time.Sleep(time.Duration(n) * time.Second / time.Duration(rate))
+	return min(64<<10, rate/50+1)
 }
 
 // pass waits while the link is frozen, and reports whether it is up.

@@ -1,0 +1,3 @@
+// Package integration tests kvd as its users meet it: real processes that are killed, stopped, cut off and
+// started again.
+package integration
