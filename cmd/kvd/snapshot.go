@@ -15,7 +15,7 @@ import (
 
 func newSnapshotCommand(client *clientOptions) *cobra.Command {
 	return newParentCommand("snapshot", "Save, check and restore backups",
-		newSnapshotSaveCommand(client), newSnapshotStatusCommand(client))
+		newSnapshotSaveCommand(client), newSnapshotStatusCommand(client), newSnapshotRestoreCommand(client))
 }
 
 func newSnapshotStatusCommand(client *clientOptions) *cobra.Command {
