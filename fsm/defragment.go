@@ -58,7 +58,7 @@ func (s *Store) defragment(ctx context.Context) (err error) {
 		err = f.db.Sync()
 	}
 	if err == nil {
-		err = os.Rename(path, target)
+		err = s.rename(path, target)
 	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("defragment: %w", err), f.db.Close(), os.Remove(path))
@@ -75,6 +75,17 @@ func (s *Store) defragment(ctx context.Context) (err error) {
 		return err
 	}
 	return nil
+}
+
+// rename gives the new file the name target, unless that is not this store's
+// any more.
+func (s *Store) rename(path, target string) error {
+	s.pathMu.Lock()
+	defer s.pathMu.Unlock()
+	if s.path != target {
+		return fmt.Errorf("%s is not this store's file any more", target)
+	}
+	return os.Rename(path, target)
 }
 
 // copyDB copies all buckets, in transactions of a bounded size, in the order in which rows append.

@@ -174,7 +174,8 @@ func openFile(config Config, path string) (_ *file, err error) {
 	return f, err
 }
 
-// Moved tells the store that its file has been renamed.
+// Moved tells the store that its file has been renamed, or, with an empty path, that it is about to lose its name to
+// another one. When Moved returns, no defragmentation brings a file back under the old name.
 func (s *Store) Moved(path string) {
 	s.pathMu.Lock()
 	defer s.pathMu.Unlock()

@@ -26,7 +26,9 @@ func (r *Replica) install(ctx context.Context, req *raft.InstallSnapshotRequest,
 	if req.Term < l.raft.CurrentTerm() {
 		return l.installed(false), nil
 	}
-	if r.covers(l.state.store, req.LastLogIndex, req.LastLogTerm) {
+	if covered, err := r.covers(l.state.store, req.LastLogIndex, req.LastLogTerm); err != nil {
+		return nil, err
+	} else if covered {
 		return l.installed(true), nil
 	}
 	r.slog.Info("receiving a snapshot", "index", req.LastLogIndex, "term", req.LastLogTerm, "bytes", req.Size)
@@ -57,49 +59,72 @@ func (l *life) installed(success bool) *raft.InstallSnapshotResponse {
 // entry: its log holds that very entry, so by the log matching property all
 // before it are the leader's, and what follows may be acknowledged and must
 // stay; or its state has it.
-func (r *Replica) covers(store *fsm.Store, index, term uint64) bool {
+//
+// While raft runs the answer may be out of date as soon as it is given, but
+// "yes" stays true: what is committed is neither taken back nor overwritten.
+func (r *Replica) covers(store *fsm.Store, index, term uint64) (bool, error) {
 	if index <= store.AppliedIndex() {
-		return true
+		return true, nil
 	}
 	var entry raft.Log
-	return r.log.GetLog(index, &entry) == nil && entry.Term == term
+	switch err := r.log.GetLog(index, &entry); {
+	case err == nil:
+		return entry.Term == term, nil
+	case errors.Is(err, raft.ErrLogNotFound):
+		// If it has been truncated in between, the state has it.
+		return index <= store.AppliedIndex(), nil
+	default:
+		return false, fmt.Errorf("shard: read log entry %d: %w", index, err)
+	}
 }
 
-// swap ends the life l and begins one with the received state.
+// swap ends the life l and begins one with the received state, or with the old
+// one if raft has appended or applied what the snapshot brings meanwhile. If
+// neither can begin, the process must end, unless the node is closing.
 func (r *Replica) swap(l *life, staged *snapshot.Staged, next *fsm.Store) (*raft.InstallSnapshotResponse, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.closed {
+	r.turn <- struct{}{}
+	defer func() { <-r.turn }()
+	if r.closed.Load() {
 		return nil, errors.Join(ErrClosed, next.Close())
 	}
 	l.stop()
 	answer := l.installed(true)
-	// Raft may have appended or applied while the stream was on its way.
-	if r.covers(l.state.store, staged.Meta.Index, staged.Meta.Term) {
-		if err := errors.Join(next.Close(), r.startLife(l.state, nil)); err != nil {
-			return nil, r.broken(err)
+	old := l.state
+	covered, err := r.covers(old.store, staged.Meta.Index, staged.Meta.Term)
+	switch {
+	case err != nil:
+	case covered:
+		err = r.startLife(old, nil)
+	default:
+		if err = r.replace(old.store, next, staged); err == nil {
+			err = r.startLife(newState(next), nil)
 		}
-		return answer, nil
 	}
-	if err := staged.Commit(r.statePath()); err != nil {
-		return nil, r.broken(errors.Join(err, next.Close()))
+	if covered || err != nil {
+		err = errors.Join(err, next.Close())
 	}
-	if err := r.log.Reset(); err != nil {
-		return nil, r.broken(errors.Join(err, next.Close()))
+	if err != nil {
+		if !errors.Is(err, ErrClosed) {
+			r.fail(fmt.Errorf("install a snapshot: %w", err))
+		}
+		return nil, err
 	}
-	if err := r.startLife(newState(next), nil); err != nil {
-		return nil, r.broken(err)
+	if !covered {
+		_ = old.retire()
+		r.metrics.installs.Inc()
+		r.slog.Info("installed a snapshot", "index", staged.Meta.Index, "term", staged.Meta.Term)
 	}
-	_ = l.state.retire()
-	r.metrics.installs.Inc()
-	r.slog.Info("installed a snapshot", "index", staged.Meta.Index, "term", staged.Meta.Term)
 	return answer, nil
 }
 
-// broken ends the process: raft is stopped and cannot be started again.
-func (r *Replica) broken(err error) error {
-	r.fail(fmt.Errorf("install a snapshot: %w", err))
-	return err
+// replace makes the received state the replica's on disk, and empties the log.
+func (r *Replica) replace(old, next *fsm.Store, staged *snapshot.Staged) error {
+	old.Moved("") // a defragmentation under way must not bring it back
+	if err := staged.Commit(r.statePath()); err != nil {
+		return err
+	}
+	next.Moved(r.statePath())
+	return r.log.Reset()
 }
 
 // repairLog finishes an installation that a crash interrupted after the swap

@@ -55,11 +55,14 @@ func (e *epoch) isServing() bool {
 	}
 }
 
-// startLife opens raft over the log and the given state. r.mu is held.
+// startLife opens raft over the log and the given state. The caller has r.turn.
 func (r *Replica) startLife(st *state, bootstrap *raft.Configuration) error {
 	transport, err := r.cfg.NewTransport(r.install)
 	if err != nil {
 		return err
+	}
+	if r.cfg.Faults.HeartbeatFastPath {
+		transport = newFastPath(transport)
 	}
 	l := &life{
 		r: r, transport: transport, state: st,
@@ -132,23 +135,22 @@ func (l *life) stop() {
 	l.stopOnce.Do(func() {
 		l.proposer.refuse()
 		_ = l.transport.Close()
-		// Raft forgets the futures of entries on their way to the state
-		// machine when it shuts down. Without a transport a leader steps down
-		// within its lease and answers them all, so wait for that first.
-		drained := l.proposer.drain(4 * l.r.cfg.HeartbeatTimeout)
+		// Raft forgets the calls in its channels when it shuts down. Without a
+		// transport a leader steps down within its lease, and then answers
+		// them all, so wait for that first. It takes as long as a write to the
+		// disk that stalls, which Shutdown would wait for too.
+		l.proposer.open.Wait()
 		_ = l.snapshots.Close()
 		_ = l.raft.Shutdown().Error()
 		l.cancel()
-		l.endEpoch()
-		if drained {
-			l.tasks.Wait()
-		}
+		l.tasks.Wait()
 	})
 }
 
 // watchLeadership follows raft's notifications. Raft's main loop blocks on a
 // full channel, so nothing here waits.
 func (l *life) watchLeadership() {
+	defer l.endEpoch()
 	for {
 		select {
 		case leads := <-l.notify:

@@ -129,23 +129,42 @@ func (r *Replica) change(ctx context.Context, prevIndex uint64, start func(*life
 	if _, err := l.serving(ctx); err != nil {
 		return 0, err
 	}
-	if !l.proposer.begin() {
-		return 0, ErrNotLeader
+	wait := changeWait
+	if t, ok := ctx.Deadline(); ok {
+		wait = max(1, min(wait, time.Until(t))) // 0 would be for ever
 	}
-	defer l.proposer.open.Done()
-	f := start(l, time.Until(deadline(ctx)))
-	if err := f.Error(); err != nil {
+	var f raft.IndexFuture
+	err := l.await(ctx, func() error {
+		f = start(l, wait)
+		return f.Error()
+	})
+	if err != nil {
 		return 0, fmt.Errorf("shard: change members: %w", err)
 	}
 	return f.Index(), nil
 }
 
-// deadline is ctx's, or ten seconds from now.
-func deadline(ctx context.Context) time.Time {
-	if t, ok := ctx.Deadline(); ok {
-		return t
+// changeWait is how long raft waits at most for an earlier change to commit
+// before it refuses the next one.
+const changeWait = 10 * time.Second
+
+// await runs a call of raft, which knows no contexts, until it ends or ctx
+// does; in the latter case the call goes on behind.
+func (l *life) await(ctx context.Context, call func() error) error {
+	if !l.proposer.begin() {
+		return ErrNotLeader
 	}
-	return time.Now().Add(10 * time.Second)
+	done := make(chan error, 1)
+	l.tasks.Go(func() {
+		defer l.proposer.open.Done()
+		done <- call()
+	})
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // TransferLeadership hands the leadership to a voter on the given node, or to
@@ -157,18 +176,12 @@ func (r *Replica) TransferLeadership(ctx context.Context, node string) error {
 	if err != nil {
 		return err
 	}
-	var f raft.Future
-	if node == "" {
-		f = l.raft.LeadershipTransfer()
-	} else {
-		id, ok := voterOn(l.raft.GetConfiguration().Configuration(), node)
-		if !ok || id == r.cfg.Replica {
-			return fmt.Errorf("%w: %s", ErrNoTarget, node)
-		}
-		f = l.raft.LeadershipTransferToServer(id, raft.ServerAddress(id))
+	id, err := l.successor(e, node)
+	if err != nil {
+		return err
 	}
-	// Raft bounds the transfer by the election timeout.
-	if err := f.Error(); err != nil {
+	err = l.await(ctx, func() error { return l.raft.LeadershipTransferToServer(id, raft.ServerAddress(id)).Error() })
+	if err != nil {
 		return fmt.Errorf("shard: transfer leadership: %w", err)
 	}
 	select {
@@ -177,6 +190,33 @@ func (r *Replica) TransferLeadership(ctx context.Context, node string) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// maxTransferLag is how many entries a voter may be behind and still be handed
+// the leadership. Raft refuses writes while it catches up, and, if that is by a
+// snapshot, would go on to refuse them until the snapshot is installed.
+const maxTransferLag = 1000
+
+// successor is the voter to hand the leadership to: the most advanced one by
+// its own answers, on the given node unless that is empty.
+func (l *life) successor(e *epoch, node string) (raft.ServerID, error) {
+	var best raft.ServerID
+	var match uint64
+	for _, s := range l.raft.GetConfiguration().Configuration().Servers {
+		if s.Suffrage != raft.Voter || s.ID == l.r.cfg.Replica || node != "" && NodeOf(s.ID) != node {
+			continue
+		}
+		if m := l.transport.MatchIndex(s.ID, e.term); best == "" || m > match {
+			best, match = s.ID, m
+		}
+	}
+	switch {
+	case best == "":
+		return "", fmt.Errorf("%w: %s", ErrNoTarget, node)
+	case match+maxTransferLag < l.raft.CommitIndex():
+		return "", fmt.Errorf("%w: %s has not caught up", ErrNoTarget, best)
+	}
+	return best, nil
 }
 
 func voterOn(c raft.Configuration, node string) (raft.ServerID, bool) {
@@ -198,15 +238,23 @@ func (r *Replica) AdvanceFollower(node string, index uint64) {
 		return
 	}
 	id, ok := voterOn(l.raft.GetConfiguration().Configuration(), node)
-	if !ok || id == r.cfg.Replica || l.transport.MatchIndex(id, e.term) < index || !l.advancing.CompareAndSwap(false, true) {
+	if !ok || id == r.cfg.Replica || l.transport.MatchIndex(id, e.term) < index {
 		return
 	}
+	// In this order: what is read after it was committed stays in the log.
 	var entry raft.Log
-	if err := r.log.GetLog(index, &entry); err != nil || index > l.raft.CommitIndex() {
+	if index > l.raft.CommitIndex() || r.log.GetLog(index, &entry) != nil {
+		return
+	}
+	if !l.advancing.CompareAndSwap(false, true) {
+		return
+	}
+	if !l.proposer.begin() {
 		l.advancing.Store(false)
 		return
 	}
 	l.tasks.Go(func() {
+		defer l.proposer.open.Done()
 		defer l.advancing.Store(false)
 		self := []byte(r.cfg.Replica)
 		req := &raft.AppendEntriesRequest{

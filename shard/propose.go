@@ -21,7 +21,7 @@ type proposer struct {
 	wake  chan struct{}  // capacity 1: the queue or the role changed
 	slots chan struct{}  // one per entry in flight
 	sent  chan inflight  // entries in flight, in log order
-	open  sync.WaitGroup // entries in flight
+	open  sync.WaitGroup // calls that raft has not answered yet
 	idle  sync.Pool      // of *proposal
 
 	mu       sync.Mutex
@@ -258,7 +258,7 @@ func (p *proposer) refuse() {
 	p.flush(ErrNotLeader)
 }
 
-// begin counts an entry in flight, unless this life is ending.
+// begin counts a call of raft, unless this life is ending; open.Done ends it.
 func (p *proposer) begin() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -266,25 +266,6 @@ func (p *proposer) begin() bool {
 		p.open.Add(1)
 	}
 	return !p.refusing
-}
-
-// drain waits until raft has answered every entry in flight, or for at most d,
-// and reports whether it has.
-func (p *proposer) drain(d time.Duration) bool {
-	idle := make(chan struct{})
-	go func() {
-		p.open.Wait()
-		close(idle)
-	}()
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-idle:
-		return true
-	case <-timer.C:
-		p.l.r.slog.Warn("raft did not answer for entries in flight", "waited", d)
-		return false
-	}
 }
 
 // queuedBytes is how many bytes wait to be proposed.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -22,6 +23,8 @@ type reads struct {
 	l    *life
 	wake chan struct{} // capacity 1
 
+	kicks atomic.Int32 // calls of raft's VerifyLeader under way
+
 	mu      sync.Mutex
 	waiting []*read // in order of arrival
 	kicked  time.Time
@@ -35,6 +38,11 @@ type read struct {
 
 // kickAgain bounds how long an unanswered kick holds the next one back.
 const kickAgain = 50 * time.Millisecond
+
+// maxKicks bounds the calls of VerifyLeader under way. Raft's replication
+// routines answer them under a lock, and wait there for room in a channel of 64
+// to the main loop, which may be stuck in a disk write.
+const maxKicks = 8
 
 func newReads(l *life) *reads { return &reads{l: l, wake: make(chan struct{}, 1)} }
 
@@ -98,12 +106,25 @@ func (q *reads) run() {
 			return
 		}
 		if q.release() {
-			q.l.raft.VerifyLeader() // only to make the heartbeats go out
+			q.kick()
 		}
 		if q.pending() {
 			retry.Reset(kickAgain)
 		}
 	}
+}
+
+// kick makes the heartbeats go out; what VerifyLeader answers is of no use.
+func (q *reads) kick() {
+	if q.kicks.Load() >= maxKicks || !q.l.proposer.begin() {
+		return
+	}
+	q.kicks.Add(1)
+	q.l.tasks.Go(func() {
+		defer q.l.proposer.open.Done()
+		defer q.kicks.Add(-1)
+		_ = q.l.raft.VerifyLeader().Error()
+	})
 }
 
 func (q *reads) pending() bool {
@@ -116,7 +137,7 @@ func (q *reads) pending() bool {
 // remain need heartbeats to be sent.
 func (q *reads) release() (kick bool) {
 	e := q.l.role.Load()
-	if e == nil || !q.pending() {
+	if e == nil || !e.isServing() || !q.pending() {
 		return false
 	}
 	confirmed := q.l.confirmedAt(e.term, q.l.transport.Acked)

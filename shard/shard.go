@@ -73,7 +73,8 @@ type Config struct {
 	// that waits to be added. Ignored when the replica has state.
 	Bootstrap *raft.Configuration
 
-	// NewTransport makes the transport of the raft instance's next life.
+	// NewTransport makes the transport of the raft instance's next life. It
+	// fails with ErrClosed if the node is closing.
 	NewTransport func(InstallFunc) (Transport, error)
 	// OpenLog opens the log; guard is the highest index that truncation of the
 	// log's beginning may delete.
@@ -161,10 +162,12 @@ type Replica struct {
 	metrics *metrics
 	slog    *slog.Logger
 
-	installing sync.Mutex // held while a snapshot is staged and swapped in
+	installing sync.Mutex // tried, never waited for: one snapshot at a time
 
-	mu     sync.Mutex // guards the change of life, and closed
-	closed bool
+	// turn has room for the one who changes the life or closes. It is not a
+	// mutex because ending a life takes time.
+	turn   chan struct{}
+	closed atomic.Bool
 	life   atomic.Pointer[life]
 
 	changed broadcast // leader, role or life changed
@@ -189,8 +192,6 @@ func Open(cfg Config) (*Replica, error) {
 		return nil, err
 	}
 	r.metrics = newMetrics(r)
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	if err := r.startLife(newState(store), cfg.Bootstrap); err != nil {
 		r.metrics.unregister()
 		return nil, errors.Join(err, r.log.Close(), store.Close())
@@ -210,7 +211,7 @@ func open(cfg Config) (*Replica, *fsm.Store, error) {
 	if err := snapshot.Cleanup(cfg.Dir); err != nil {
 		return nil, nil, err
 	}
-	r := &Replica{cfg: cfg, slog: cfg.Logger.With("group", cfg.Group, "replica", string(cfg.Replica))}
+	r := &Replica{cfg: cfg, turn: make(chan struct{}, 1), slog: cfg.Logger.With("group", cfg.Group, "replica", string(cfg.Replica))}
 	r.changed.init()
 	store, err := r.openState(r.statePath())
 	if err != nil {
@@ -238,14 +239,15 @@ func (r *Replica) openState(path string) (*fsm.Store, error) {
 }
 
 // Close stops the replica: the transport first, so that no call into raft can
-// stall behind a dead peer, then raft, then state and log. Idempotent.
+// stall behind a dead peer, then raft, then state and log. A snapshot that is
+// being received is dropped when the last of it has come; the owner of the
+// connections ends it sooner. Idempotent.
 func (r *Replica) Close() error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.closed {
+	r.turn <- struct{}{}
+	defer func() { <-r.turn }()
+	if r.closed.Swap(true) {
 		return nil
 	}
-	r.closed = true
 	l := r.life.Load()
 	l.stop()
 	r.changed.fire()
@@ -302,10 +304,7 @@ func (l *life) waitApplied(ctx context.Context, index uint64) error {
 // waitLife waits until old is no longer the replica's life.
 func (r *Replica) waitLife(ctx context.Context, old *life, next <-chan struct{}) error {
 	for r.life.Load() == old {
-		r.mu.Lock()
-		closed := r.closed
-		r.mu.Unlock()
-		if closed {
+		if r.closed.Load() {
 			return ErrClosed
 		}
 		select {

@@ -83,8 +83,8 @@ func (l *life) watchTail() {
 		if err := l.raft.ReloadConfig(conf); err != nil {
 			l.r.slog.Warn("cannot set how much log is kept", "error", err)
 		}
-		// Fails while a configuration change is in flight; the next entries
-		// try again.
+		// Fails while a configuration change is in flight; the next time that
+		// enough has come tries again.
 		err := l.raft.Snapshot().Error()
 		if err != nil && !errors.Is(err, raft.ErrNothingNewToSnapshot) && !errors.Is(err, raft.ErrRaftShutdown) {
 			l.r.slog.Info("the log could not be truncated yet", "error", err)
