@@ -334,5 +334,6 @@ func firstMessage(w *wire, k kind) ([]byte, error) {
 	if m.kind != k {
 		return nil, fmt.Errorf("%w: kind %d instead of a hello", errMalformed, m.kind)
 	}
+	w.frames.frames = 0
 	return m.payload, nil
 }

@@ -49,9 +49,11 @@ func newMetrics(t *Transport) (*metrics, error) {
 	if m.registerer == nil {
 		return m, nil
 	}
-	for _, c := range m.all() {
+	for i, c := range m.all() {
 		if err := m.registerer.Register(c); err != nil {
-			m.unregister()
+			for _, done := range m.all()[:i] {
+				m.registerer.Unregister(done)
+			}
 			return nil, err
 		}
 	}
