@@ -9,7 +9,7 @@ import (
 
 const (
 	maxMethodBytes  = 255
-	maxAskBytes     = 16 << 20       // longest Ask that a node accepts: it may come from anybody
+	maxAskBytes     = 1 << 20        // longest Ask that a node accepts: it may come from anybody
 	maxCallDuration = 24 * time.Hour // bound of the deadline that a peer may ask for
 )
 
@@ -38,7 +38,7 @@ func (t *Transport) Call(ctx context.Context, node, method string, payload []byt
 }
 
 // Ask sends a request to whoever listens at addr, over a connection of its own. The two nodes may be in
-// different clusters or in none. A payload may have almost 16 MiB. Errors are those of Call. Without a deadline in ctx it takes at most
+// different clusters or in none. A payload may have almost 1 MiB. Errors are those of Call. Without a deadline in ctx it takes at most
 // Config.AskTimeout.
 func (t *Transport) Ask(ctx context.Context, addr, method string, payload []byte) ([]byte, error) {
 	if _, ok := ctx.Deadline(); !ok {
@@ -110,8 +110,8 @@ func (c *conn) serveCall(m message) error {
 	if h == nil {
 		return c.reply(kindCallReply, m.id, appendError(newFrame(), ErrNoHandler))
 	}
-	if c.t.running.Add(1) > int64(c.t.cfg.MaxConcurrentCalls) {
-		c.t.running.Add(-1)
+	size := len(m.payload)
+	if !c.t.startHandler(size) {
 		c.t.metrics.dropped.WithLabelValues("busy").Inc()
 		return c.reply(kindCallReply, m.id, appendError(newFrame(), ErrBusy))
 	}
@@ -121,18 +121,33 @@ func (c *conn) serveCall(m message) error {
 	ctx, cancel := context.WithTimeout(c.ctx, timeout)
 	if !c.keepCancel(m.id, cancel) {
 		cancel()
-		c.t.running.Add(-1)
+		c.t.endHandler(size)
 		return fmt.Errorf("%w: two calls with one id", errMalformed)
 	}
 	if !c.t.spawn(func() {
-		defer c.t.running.Add(-1)
+		defer c.t.endHandler(size)
 		c.handle(ctx, h, m.id, d.b)
 	}) {
 		c.cancelCall(m.id)
-		c.t.running.Add(-1)
+		c.t.endHandler(size)
 		return ErrClosed
 	}
 	return nil
+}
+
+// startHandler reports whether one more handler may run, with a payload of so many bytes.
+func (t *Transport) startHandler(size int) bool {
+	running, bytes := t.running.Add(1), t.payload.Add(int64(size))
+	if running <= int64(t.cfg.MaxConcurrentCalls) && bytes <= int64(t.cfg.MaxCallBytes) {
+		return true
+	}
+	t.endHandler(size)
+	return false
+}
+
+func (t *Transport) endHandler(size int) {
+	t.running.Add(-1)
+	t.payload.Add(-int64(size))
 }
 
 // handle runs the handler of a call and sends the answer.

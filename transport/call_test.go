@@ -187,6 +187,22 @@ func TestBusyIsDefinite(t *testing.T) {
 	})
 }
 
+func TestBusyByBytes(t *testing.T) {
+	net := newTestNet(t, true)
+	a := net.start("a", nil)
+	b := net.start("b", func(c *Config) { c.MaxCallBytes = 1000 })
+	b.Handle("echo", echo)
+	if _, err := a.Call(t.Context(), "b", "echo", make([]byte, 1000)); !errors.Is(err, ErrBusy) {
+		t.Errorf("over the bound: %v", err)
+	}
+	for range 3 {
+		if _, err := a.Call(t.Context(), "b", "echo", make([]byte, 900)); err != nil {
+			t.Errorf("within the bound: %v", err)
+		}
+		eventually(t, "the handler's end", func() bool { return b.payload.Load() == 0 && b.running.Load() == 0 })
+	}
+}
+
 // TestUnreachableMeansNotHandled cuts the connection while calls stream over it, again and again, and
 // checks every ErrUnreachable against what the handler has seen.
 func TestUnreachableMeansNotHandled(t *testing.T) {

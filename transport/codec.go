@@ -200,11 +200,23 @@ func appendAppendEntries(b []byte, r *raft.AppendEntriesRequest) []byte {
 	return b
 }
 
-// overheadBytes is an upper bound of what an AppendEntries takes beside its entries.
-const overheadBytes = 1 << 10
+const (
+	overheadBytes      = 1 << 10 // upper bound of what a request takes beside entries and peers
+	entryOverheadBytes = 160     // of what an entry takes beside its data, encoded or in memory
+)
 
-// entryBytes is an upper bound of what an entry takes.
-func entryBytes(e *raft.Log) int { return len(e.Data) + len(e.Extensions) + 64 }
+func entryBytes(e *raft.Log) int { return len(e.Data) + len(e.Extensions) + entryOverheadBytes }
+
+// requestBytes is an upper bound of what a request takes, encoded or in memory.
+func requestBytes(request any) int {
+	size := overheadBytes
+	if r, ok := request.(*raft.AppendEntriesRequest); ok {
+		for _, e := range r.Entries {
+			size += entryBytes(e)
+		}
+	}
+	return size
+}
 
 // decodeRequest decodes a raft request of the given type.
 func decodeRequest(t messageType, b []byte) (any, error) {

@@ -49,10 +49,14 @@ type RemoteError struct {
 }
 
 func (e *RemoteError) Error() string {
-	if e.Code == 0 {
-		return e.Message
+	text := e.Message
+	if text == "" {
+		text = "the peer's handler failed"
 	}
-	return fmt.Sprintf("%s (code %d)", e.Message, e.Code)
+	if e.Code == 0 {
+		return text
+	}
+	return fmt.Sprintf("%s (code %d)", text, e.Code)
 }
 
 // status is the outcome of a request on the wire.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -317,7 +318,7 @@ func (g *Group) send(c *conn, target raft.ServerAddress, timeout time.Duration, 
 	}
 	frame := appendString(appendUint(newFrame(), g.key.group), target)
 	frame = appendUint(append(frame, byte(typeOf(req))), uint64(timeout))
-	m.frame = appendRequest(frame, req)
+	m.frame = appendRequest(slices.Grow(frame, requestBytes(req)), req)
 	if err := c.submit(m, s.p); err != nil {
 		g.t.pending.Put(s.p)
 		return sent{}, err
@@ -365,7 +366,7 @@ func (c *conn) serveRaft(m message) error {
 		return c.reply(kindRaftResponse, m.id, appendError(newFrame(), ErrUnknownReplica))
 	}
 	result := make(chan raft.RPCResponse, 1)
-	in := inbound{raft.RPC{Command: req, RespChan: result}, result, c, m.id, len(m.payload), time.Now(), timeout}
+	in := inbound{raft.RPC{Command: req, RespChan: result}, result, c, m.id, requestBytes(req), time.Now(), timeout}
 	if !g.push(in) {
 		c.t.metrics.dropped.WithLabelValues("inbox_full").Inc()
 		return c.reply(kindRaftResponse, m.id, appendError(newFrame(), ErrBusy))

@@ -260,6 +260,18 @@ func TestUnknownReplica(t *testing.T) {
 	})
 }
 
+// TestTwoReplicasOnANode: a group's replicas on one node reach each other like all others.
+func TestTwoReplicasOnANode(t *testing.T) {
+	net := newTestNet(t, false)
+	tr := net.start("a", nil)
+	delete(net.addrs, "a") // the node need not be able to resolve itself
+	g1, g2 := mustGroup(t, tr, 1, "a/1"), mustGroup(t, tr, 1, "a/2")
+	serve(g2, succeed)
+	if err := g1.AppendEntries("a/2", "a/2", heartbeat(1), new(raft.AppendEntriesResponse)); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestGroupOpensOnce(t *testing.T) {
 	net := newTestNet(t, true)
 	tr := net.start("a", nil)
@@ -422,10 +434,10 @@ func TestLargeAppendIsFragmented(t *testing.T) {
 
 func TestAppendIsShortened(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p := newPair(t, func(c *Config) { c.MaxMessageBytes, c.MaxAppendBytes = 4<<20, 2<<20 })
+		p := newPair(t, func(c *Config) { c.MaxMessageBytes, c.MaxAppendBytes = 4<<20, 4<<20 })
 		var got int
 		serve(p.gb, func(req any) (any, error) { got = len(req.(*raft.AppendEntriesRequest).Entries); return succeed(req) })
-		for _, c := range []struct{ n, size, want int }{{10, 300 << 10, 6}, {2, 3 << 20, 1}, {100, 10, 100}, {maxEntries + 5, 1, maxEntries}} {
+		for _, c := range []struct{ n, size, want int }{{20, 300 << 10, 13}, {2, 3 << 20, 1}, {100, 10, 100}, {maxEntries + 5, 1, maxEntries}} {
 			req := entries(1, 1, c.n, c.size)
 			if err := p.ga.AppendEntries("b/1", "b/1", req, new(raft.AppendEntriesResponse)); err != nil {
 				t.Fatal(err)

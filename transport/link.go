@@ -129,7 +129,7 @@ func (l *link) done(c *conn, err error) {
 		l.err, l.failures = nil, 0
 		return
 	}
-	if l.failures == 0 || err.Error() != l.err.Error() {
+	if l.failures%30 == 0 { // about every 30 s
 		l.t.log.Warn("cannot connect to peer", "node", l.node, "error", err)
 	}
 	l.err = err

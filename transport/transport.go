@@ -40,6 +40,7 @@ type Config struct {
 	QueueBytes         int           // a peer's send queue takes no more messages beyond this (32 MiB)
 	InboxBytes         int           // the same for a group's raft messages that wait for its main loop (32 MiB)
 	MaxConcurrentCalls int           // handlers of calls running at a time; more are answered ErrBusy (4096)
+	MaxCallBytes       int           // payload that these handlers have in sum; more is answered ErrBusy (256 MiB)
 	MaxInbound         int           // connections accepted at a time (512)
 	PipelineWindow     int           // AppendEntries in flight in a pipeline (2)
 	DialTimeout        time.Duration // to connect and shake hands (1 s)
@@ -65,6 +66,7 @@ func (c *Config) setDefaults() {
 	setDefault(&c.QueueBytes, 32<<20)
 	setDefault(&c.InboxBytes, 32<<20)
 	setDefault(&c.MaxConcurrentCalls, 4096)
+	setDefault(&c.MaxCallBytes, max(256<<20, c.MaxMessageBytes))
 	setDefault(&c.MaxInbound, 512)
 	setDefault(&c.PipelineWindow, 2)
 	setDefault(&c.DialTimeout, time.Second)
@@ -97,7 +99,7 @@ func (c *Config) Validate() error {
 	}
 	need(d.Identity != nil && d.Listener != nil && d.Dial != nil && d.Resolve != nil,
 		"Identity, Listener, Dial and Resolve are needed")
-	for _, v := range []int{d.MaxMessageBytes, d.MaxAppendBytes, d.QueueBytes, d.InboxBytes, d.MaxConcurrentCalls, d.MaxInbound, d.PipelineWindow} {
+	for _, v := range []int{d.MaxMessageBytes, d.MaxAppendBytes, d.QueueBytes, d.InboxBytes, d.MaxConcurrentCalls, d.MaxCallBytes, d.MaxInbound, d.PipelineWindow} {
 		need(v > 0, "bounds must be positive")
 	}
 	for _, v := range []time.Duration{d.DialTimeout, d.RetryMin, d.RPCTimeout, d.HeartbeatTimeout, d.PingAfter,
@@ -123,6 +125,7 @@ type Transport struct {
 	ctx     context.Context // ends with Close
 	cancel  context.CancelFunc
 	running atomic.Int64 // call handlers
+	payload atomic.Int64 // bytes that they were given
 	pending sync.Pool    // of *pending; not shared between transports, as its channels belong to a bubble
 
 	mu       sync.RWMutex
