@@ -125,7 +125,7 @@ func (c *contestant) round(ctx context.Context, tool, parent string, o options) 
 	after, err := cluster.CPU()
 	r, parseErr := parse(out)
 	if err := errors.Join(parseErr, verify(ctx, cluster.Endpoints()[0], o.total)); err != nil {
-		return result{}, err
+		return result{}, fmt.Errorf("%w\n%s", err, cluster.Logs())
 	}
 	if errors.Join(cpuErr, err) == nil {
 		r.cpuPerPut = (after - before) / time.Duration(o.total)
