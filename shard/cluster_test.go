@@ -210,6 +210,23 @@ type testLog struct {
 	since    time.Time
 	resets   int
 	failWith error
+	unread   bool // reads of entries fail
+}
+
+func (l *testLog) breakReads(on bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.unread = on
+}
+
+func (l *testLog) GetLog(index uint64, entry *raft.Log) error {
+	l.mu.Lock()
+	unread := l.unread
+	l.mu.Unlock()
+	if unread {
+		return errors.New("input/output error")
+	}
+	return l.InmemStore.GetLog(index, entry)
 }
 
 func (l *testLog) stall(d time.Duration) {

@@ -23,6 +23,9 @@ func (r *Replica) install(ctx context.Context, req *raft.InstallSnapshotRequest,
 	}
 	defer r.installing.Unlock()
 	l := r.life.Load()
+	if l == nil {
+		return nil, ErrBusy // raft is just being opened
+	}
 	if req.Term < l.raft.CurrentTerm() {
 		return l.installed(false), nil
 	}

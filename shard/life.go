@@ -118,13 +118,50 @@ func (r *Replica) bootstrap(conf *raft.Config, l *life, first *raft.Configuratio
 		return nil
 	}
 	existing, err := raft.HasExistingState(r.log, r.log, l.snapshots)
-	if err != nil || existing {
+	if err != nil {
 		return err
+	}
+	if existing {
+		if begun, err := r.bootstrapBegun(l); err != nil || !begun {
+			return err
+		}
+		if err := r.log.SetUint64(keyCurrentTerm, 0); err != nil {
+			return fmt.Errorf("shard: bootstrap again: %w", err)
+		}
 	}
 	if err := raft.BootstrapCluster(conf, r.log, r.log, l.snapshots, l.transport, *first); err != nil {
 		return fmt.Errorf("shard: bootstrap: %w", err)
 	}
 	return nil
+}
+
+// Raft's keys in the stable store.
+var (
+	keyCurrentTerm  = []byte("CurrentTerm")
+	keyLastVoteTerm = []byte("LastVoteTerm")
+)
+
+// bootstrapBegun reports whether a crash interrupted raft's bootstrap between
+// its two writes, the term 1 and the first entry. Raft has never run then: it
+// would not start without that entry.
+func (r *Replica) bootstrapBegun(l *life) (bool, error) {
+	last, err1 := r.log.LastIndex()
+	term, err2 := r.stored(keyCurrentTerm)
+	voted, err3 := r.stored(keyLastVoteTerm)
+	states, err4 := l.snapshots.List()
+	if err := errors.Join(err1, err2, err3, err4); err != nil {
+		return false, fmt.Errorf("shard: look for a bootstrap that was interrupted: %w", err)
+	}
+	return last == 0 && term == 1 && voted == 0 && len(states) == 0, nil
+}
+
+// stored is a number in the stable store, 0 if it is not set.
+func (r *Replica) stored(key []byte) (uint64, error) {
+	value, err := r.log.GetUint64(key)
+	if err != nil && err.Error() == "not found" { // as raft tells
+		return 0, nil
+	}
+	return value, err
 }
 
 func (l *life) stopped() bool { return l.ctx.Err() != nil }

@@ -140,6 +140,10 @@ func (c *Config) setDefaults() {
 	}
 }
 
+// MaxTrailingEntries bounds Config.TrailingEntries: the size of each is kept in
+// memory.
+const MaxTrailingEntries = 1 << 24
+
 // Validate names the first field that cannot work.
 func (c *Config) Validate() error {
 	switch {
@@ -149,6 +153,8 @@ func (c *Config) Validate() error {
 		return errors.New("shard: no directory")
 	case c.NewTransport == nil || c.OpenLog == nil:
 		return errors.New("shard: no transport or no log")
+	case c.TrailingEntries > MaxTrailingEntries:
+		return fmt.Errorf("shard: %d trailing entries exceed %d", c.TrailingEntries, MaxTrailingEntries)
 	case c.HeartbeatTimeout > c.ElectionTimeout:
 		return fmt.Errorf("shard: heartbeat timeout %v exceeds election timeout %v", c.HeartbeatTimeout, c.ElectionTimeout)
 	}
