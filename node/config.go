@@ -137,6 +137,8 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("--election-timeout: %v is below --heartbeat-timeout %v", c.ElectionTimeout, c.HeartbeatTimeout)
 	case c.SnapshotBytes < 0:
 		return errors.New("--snapshot-bytes: must not be negative")
+	case c.TrailingEntries > shard.MaxTrailingEntries:
+		return fmt.Errorf("--trailing-entries: %d is above %d", c.TrailingEntries, shard.MaxTrailingEntries)
 	}
 	return nil
 }

@@ -107,6 +107,7 @@ func (n *Node) start(ctx, background context.Context) error {
 	}
 	n.tasks.Go(func() { n.awaitReady(background) })
 	n.tasks.Go(func() { n.introduce(background) })
+	n.tasks.Go(func() { n.watchDisplacement(background) })
 	return nil
 }
 
@@ -222,7 +223,11 @@ func (n *Node) shardConfig(id raft.ServerID) shard.Config {
 	cfg := shard.Config{
 		Group: group0, ClusterID: outcome.ClusterID, Replica: id, Dir: dir,
 		NewTransport: func(install shard.InstallFunc) (shard.Transport, error) {
-			return n.transport.Group(group0, raft.ServerAddress(id), transport.InstallFunc(install))
+			g, err := n.transport.Group(group0, raft.ServerAddress(id), transport.InstallFunc(install))
+			if errors.Is(err, transport.ErrClosed) {
+				return nil, fmt.Errorf("%w: %w", shard.ErrClosed, err)
+			}
+			return g, err
 		},
 		OpenLog: func(guard func() uint64) (shard.LogStore, error) {
 			if n.cfg.OpenLog != nil {

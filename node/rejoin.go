@@ -15,6 +15,7 @@ import (
 const (
 	methodPing   = "node.ping"   // answered with the incarnation
 	methodRejoin = "node.rejoin" // forwarded to group 0's leader
+	methodMember = "node.member" // answered with the record of the named member
 	pingTimeout  = time.Second
 )
 
@@ -90,6 +91,9 @@ func oneLine(errs []error) error {
 func (n *Node) handleRejoins() {
 	n.transport.Handle(methodPing, func(context.Context, transport.Peer, []byte) ([]byte, error) {
 		return binary.BigEndian.AppendUint64(nil, n.dir.Incarnation()), nil
+	})
+	n.transport.Handle(methodMember, func(_ context.Context, _ transport.Peer, name []byte) ([]byte, error) {
+		return n.encodedMember(string(name))
 	})
 	n.transport.Handle(methodRejoin, func(ctx context.Context, _ transport.Peer, payload []byte) ([]byte, error) {
 		return n.admit(ctx, payload).Encode()

@@ -40,6 +40,9 @@ func Start(cfg Config) *Reconciler {
 	if cfg.Every == 0 {
 		cfg.Every = 500 * time.Millisecond
 	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &Reconciler{cfg: cfg, cancel: cancel, done: make(chan struct{})}
 	go r.run(ctx)
@@ -62,28 +65,30 @@ func (r *Reconciler) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		if !r.cfg.Replica.Serving() {
-			continue
-		}
-		if err := r.step(ctx); err != nil && ctx.Err() == nil && !errors.Is(err, shard.ErrNotLeader) {
-			r.cfg.Logger.Warn("the group's members could not be changed yet", "error", err)
+		// One step follows the other at once: while a node's old replica and
+		// its replacement both vote, the group bears fewer failures.
+		for again := true; again && r.cfg.Replica.Serving(); {
+			var err error
+			if again, err = r.step(ctx); err != nil && ctx.Err() == nil && !errors.Is(err, shard.ErrNotLeader) {
+				r.cfg.Logger.Warn("the group's members could not be changed yet", "error", err)
+			}
 		}
 	}
 }
 
-// step carries out at most one change. It blocks while the change commits, so
-// one change is in flight at a time.
-func (r *Reconciler) step(ctx context.Context) error {
+// step carries out at most one change and reports whether it did. It blocks
+// while the change commits, so one change is in flight at a time.
+func (r *Reconciler) step(ctx context.Context) (changed bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	// This node serves, so its own state has everything that earlier leaders
 	// committed; raft refuses the step if the configuration has moved on.
 	members, err := r.members(ctx, 0)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if len(members) == 0 {
-		return r.found(ctx)
+		return false, r.found(ctx)
 	}
 	status := r.cfg.Replica.Status()
 	view := View{Members: members, Group: status.Members, Commit: status.CommitIndex, Match: make(map[raft.ServerID]uint64)}
@@ -92,7 +97,7 @@ func (r *Reconciler) step(ctx context.Context) error {
 	}
 	step, ok := Plan(view)
 	if !ok {
-		return nil
+		return false, nil
 	}
 	r.cfg.Logger.Info("changing the group's members", "step", string(step.Action), "replica", string(step.Replica))
 	switch step.Action {
@@ -103,7 +108,7 @@ func (r *Reconciler) step(ctx context.Context) error {
 	case Remove:
 		_, err = r.cfg.Replica.Remove(ctx, step.Replica, status.ConfigurationIndex)
 	}
-	return err
+	return err == nil, err
 }
 
 // found writes the founders into an empty map, all or none.
