@@ -3,6 +3,7 @@ package fsm
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -286,5 +287,37 @@ func TestCrashDuringCompaction(t *testing.T) {
 	}
 	if _, err := crash(t, true); !errors.Is(err, ErrCorruptState) {
 		t.Errorf("deleting tombstones before what they delete: %v", err)
+	}
+}
+
+// A damaged page over which bbolt would end the process is an error of Open.
+func TestDamagedPageIsCaught(t *testing.T) {
+	config := testConfig(tempPath(t))
+	s, err := Open(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	apply(t, s, put("a", "1"))
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	sound, err := os.ReadFile(config.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pageBytes := os.Getpagesize()
+	for name, damaged := range map[string][]byte{
+		"cut short": sound[:3*pageBytes],
+		"page ids":  slices.Clone(sound),
+	} {
+		for i := 2 * pageBytes; i < len(damaged); i += pageBytes {
+			damaged[i] ^= 0x80
+		}
+		if err := os.WriteFile(config.Path, damaged, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(config); !errors.Is(err, ErrCorruptState) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

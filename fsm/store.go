@@ -17,6 +17,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
 	"kvd/fsm/mvcc"
+	"kvd/snapshot/boltcheck"
 )
 
 // Store is the state of one data replica. Apply and ApplyConfiguration must not be called concurrently with each
@@ -116,6 +117,9 @@ func Open(config Config) (*Store, error) {
 	for i := range s.spaces {
 		s.spaces[i] = &keyspace{id: Space(i), bucket: spaceBuckets[i]}
 	}
+	if err := checkPages(s.stop, config.Path); err != nil {
+		return nil, fmt.Errorf("open %s: %w", config.Path, err)
+	}
 	f, err := openFile(config, config.Path)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", config.Path, err)
@@ -142,6 +146,21 @@ func Open(config Config) (*Store, error) {
 type file struct {
 	db       *bbolt.DB
 	identity os.FileInfo // which file it is, wherever it has been moved
+}
+
+// checkPages refuses a file with a damaged page, if there is a file: bbolt would end the process over it.
+func checkPages(ctx context.Context, path string) error {
+	info, err := os.Stat(path)
+	if errors.Is(err, os.ErrNotExist) || err == nil && info.Size() == 0 {
+		return nil
+	}
+	if err == nil {
+		err = boltcheck.File(ctx, path)
+	}
+	if errors.Is(err, boltcheck.ErrCorrupt) {
+		err = fmt.Errorf("%w: %w", ErrCorruptState, err)
+	}
+	return err
 }
 
 func openFile(config Config, path string) (_ *file, err error) {
