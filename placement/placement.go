@@ -88,7 +88,8 @@ type View struct {
 }
 
 const (
-	// maxVoters bounds a group's quorum; further nodes stay learners.
+	// maxVoters bounds a group's quorum; further nodes stay learners. Only a
+	// replacement may vote beside them, until what it replaces is removed.
 	maxVoters = 7
 	// maxLag is how many entries behind the commit index a learner may be and
 	// still count as caught up.
@@ -105,11 +106,13 @@ func Plan(v View) (Step, bool) {
 		current[m.Name] = m.Replica
 	}
 	group := make(map[raft.ServerID]shard.Member, len(v.Group))
-	voters := 0 // of current replicas
+	voters := 0
+	replaced := make(map[string]bool) // nodes whose former replica votes
 	for _, g := range v.Group {
 		group[g.ID] = g
-		if g.Voter && current[g.Node] == g.ID {
+		if g.Voter {
 			voters++
+			replaced[g.Node] = replaced[g.Node] || current[g.Node] != g.ID
 		}
 	}
 	// Finish replacements before beginning others.
@@ -123,7 +126,8 @@ func Plan(v View) (Step, bool) {
 		}
 	}
 	for _, g := range sorted(v.Group) {
-		if !g.Voter && current[g.Node] == g.ID && voters < maxVoters && caughtUp(v, g.ID) {
+		mayVote := voters < maxVoters || replaced[g.Node]
+		if !g.Voter && current[g.Node] == g.ID && mayVote && caughtUp(v, g.ID) {
 			return Step{Promote, g.ID}, true
 		}
 	}
