@@ -38,8 +38,8 @@ func (t *Transport) Call(ctx context.Context, node, method string, payload []byt
 }
 
 // Ask sends a request to whoever listens at addr, over a connection of its own. The two nodes may be in
-// different clusters or in none. A payload may have almost 1 MiB. Errors are those of Call. Without a deadline in ctx it takes at most
-// Config.AskTimeout.
+// different clusters or in none. A payload may have almost 1 MiB. Errors are those of Call. Without a
+// deadline in ctx it takes at most Config.AskTimeout.
 func (t *Transport) Ask(ctx context.Context, addr, method string, payload []byte) ([]byte, error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
@@ -60,8 +60,9 @@ func (t *Transport) Ask(ctx context.Context, addr, method string, payload []byte
 	if !t.attach(c) {
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, ErrClosed)
 	}
+	defer t.detach(c)
 	defer c.fail(ErrClosed)
-	if !t.spawn(func() { c.readLoop(); t.detach(c) }) {
+	if !t.spawn(c.readLoop) {
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, ErrClosed)
 	}
 	return c.call(ctx, method, payload)

@@ -203,67 +203,89 @@ func TestBusyByBytes(t *testing.T) {
 	}
 }
 
-// TestUnreachableMeansNotHandled cuts the connection while calls stream over it, again and again, and
-// checks every ErrUnreachable against what the handler has seen.
+// outcomes counts how calls ended.
+type outcomes struct {
+	ok, unreachable, lost, handledButLost, wrong atomic.Int64
+}
+
+// callOverBreaks cuts the connection while calls stream over it, again and again, and checks every
+// ErrUnreachable against what the handler has seen.
+func callOverBreaks(t *testing.T, planted faults) *outcomes {
+	r := seeded(t)
+	net := newTestNet(t, true)
+	hasty := func(c *Config) { c.RetryMin, c.RetryMax = time.Millisecond, time.Millisecond }
+	a, b := net.start("a", hasty), net.start("b", nil)
+	a.faults = planted
+	var seen sync.Map
+	b.Handle("note", func(_ context.Context, _ Peer, payload []byte) ([]byte, error) {
+		seen.Store(string(payload[:20]), true)
+		return nil, nil
+	})
+	var o outcomes
+	var wg sync.WaitGroup
+	for i := range 50 {
+		size := 20 + r.IntN(1000)
+		if i%10 == 0 {
+			size = fragmentBytes + 100
+		}
+		wg.Go(func() {
+			for j := range 100 {
+				payload := make([]byte, size)
+				copy(payload, fmt.Sprintf("%20d", i*1000+j))
+				_, err := a.Call(t.Context(), "b", "note", payload)
+				time.Sleep(5 * time.Millisecond) // what is on its way arrives
+				_, handled := seen.Load(string(payload[:20]))
+				o.count(err, handled)
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	net.memory.Delay("a", "b", time.Millisecond)
+	net.memory.Delay("b", "a", 2*time.Millisecond)
+	for {
+		select {
+		case <-done:
+			t.Logf("ok %d, unreachable %d, lost %d, of which handled %d", o.ok.Load(), o.unreachable.Load(), o.lost.Load(), o.handledButLost.Load())
+			return &o
+		case <-time.After(time.Duration(r.IntN(20)) * time.Millisecond):
+			net.memory.Drop("a", "b")
+		}
+	}
+}
+
+func (o *outcomes) count(err error, handled bool) {
+	switch {
+	case err == nil && handled:
+		o.ok.Add(1)
+	case errors.Is(err, ErrUnreachable) && !handled:
+		o.unreachable.Add(1)
+	case errors.Is(err, ErrConnectionLost) && !errors.Is(err, ErrUnreachable):
+		o.lost.Add(1)
+		if handled {
+			o.handledButLost.Add(1)
+		}
+	default:
+		o.wrong.Add(1)
+	}
+}
+
 func TestUnreachableMeansNotHandled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := seeded(t)
-		net := newTestNet(t, true)
-		hasty := func(c *Config) { c.RetryMin, c.RetryMax = time.Millisecond, time.Millisecond }
-		a, b := net.start("a", hasty), net.start("b", nil)
-		var seen sync.Map
-		b.Handle("note", func(_ context.Context, _ Peer, payload []byte) ([]byte, error) {
-			seen.Store(string(payload[:20]), true)
-			return nil, nil
-		})
-		var ok, unreachable, lost, handledButLost atomic.Int64
-		var wg sync.WaitGroup
-		for i := range 50 {
-			size := 20 + r.IntN(1000)
-			if i%10 == 0 {
-				size = fragmentBytes + 100
-			}
-			wg.Go(func() {
-				for j := range 100 {
-					payload := make([]byte, size)
-					copy(payload, fmt.Sprintf("%20d", i*1000+j))
-					_, err := a.Call(t.Context(), "b", "note", payload)
-					time.Sleep(time.Millisecond)
-					_, handled := seen.Load(string(payload[:20]))
-					switch {
-					case err == nil:
-						ok.Add(1)
-					case errors.Is(err, ErrUnreachable):
-						unreachable.Add(1)
-						if handled {
-							t.Errorf("the handler saw a call that failed with: %v", err)
-						}
-					case errors.Is(err, ErrConnectionLost):
-						lost.Add(1)
-						if handled {
-							handledButLost.Add(1)
-						}
-					default:
-						t.Errorf("unexpected: %v", err)
-					}
-				}
-			})
+		o := callOverBreaks(t, faults{})
+		if n := o.wrong.Load(); n != 0 {
+			t.Errorf("%d calls ended in a wrong way", n)
 		}
-		done := make(chan struct{})
-		go func() { wg.Wait(); close(done) }()
-		net.memory.Delay("a", "b", time.Millisecond)
-		net.memory.Delay("b", "a", 2*time.Millisecond)
-		for running := true; running; {
-			select {
-			case <-done:
-				running = false
-			case <-time.After(time.Duration(r.IntN(20)) * time.Millisecond):
-				net.memory.Drop("a", "b")
-			}
-		}
-		t.Logf("ok %d, unreachable %d, lost %d, of which handled %d", ok.Load(), unreachable.Load(), lost.Load(), handledButLost.Load())
-		if ok.Load() == 0 || unreachable.Load() == 0 || handledButLost.Load() == 0 {
+		if o.ok.Load() == 0 || o.unreachable.Load() == 0 || o.handledButLost.Load() == 0 {
 			t.Error("the test did not meet all outcomes")
+		}
+	})
+}
+
+func TestWrongUnreachableIsNoticed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		if o := callOverBreaks(t, faults{lostIsUnreachable: true}); o.wrong.Load() == 0 {
+			t.Error("the planted fault was not noticed")
 		}
 	})
 }

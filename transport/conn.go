@@ -114,7 +114,7 @@ func (c *conn) fail(err error) {
 	_ = c.wire.Close()
 	for _, p := range orphans {
 		known := ErrConnectionLost
-		if p.seq > written[p.lane] {
+		if p.seq > written[p.lane] || c.t.faults.lostIsUnreachable {
 			known = ErrUnreachable
 		}
 		p.answer <- answer{err: fmt.Errorf("%w: %s: %w", known, c.peer.Node, err)}

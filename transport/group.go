@@ -181,6 +181,9 @@ func (g *Group) record(peer raft.ServerID, sent time.Time, req *raft.AppendEntri
 	if !resp.Success || resp.Term != req.Term {
 		return
 	}
+	if g.t.faults.ackedAtAnswer {
+		sent = time.Now()
+	}
 	match := req.PrevLogEntry
 	if n := len(req.Entries); n > 0 {
 		match = req.Entries[n-1].Index

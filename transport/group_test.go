@@ -119,39 +119,53 @@ func TestRaftErrorsTravel(t *testing.T) {
 	})
 }
 
+// ackedLate returns by how much Acked is later than the moment before the send, for a plain and for a
+// pipelined request that take half a second each.
+func ackedLate(t *testing.T, planted faults) (plain, pipelined time.Duration) {
+	p := newPair(t, nil)
+	p.a.faults = planted
+	serve(p.gb, func(req any) (any, error) {
+		time.Sleep(300 * time.Millisecond)
+		return succeed(req)
+	})
+	p.net.memory.Delay("a", "b", 200*time.Millisecond)
+	pl, err := p.ga.AppendEntriesPipeline("b/1", "b/1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = pl.Close() }()
+	before := time.Now()
+	if err := p.ga.AppendEntries("b/1", "b/1", heartbeat(5), new(raft.AppendEntriesResponse)); err != nil {
+		t.Fatal(err)
+	}
+	plain = p.ga.Acked("b/1", 5).Sub(before)
+	select {
+	case <-p.ga.AckNotify():
+	default:
+		t.Error("no notification")
+	}
+	before = time.Now()
+	f, err := pl.AppendEntries(entries(5, 1, 3, 10), new(raft.AppendEntriesResponse))
+	if err != nil || f.Error() != nil {
+		t.Fatal(err, f.Error())
+	}
+	if d := time.Since(before); d != 500*time.Millisecond {
+		t.Errorf("the pipelined request took %v", d)
+	}
+	pipelined = p.ga.Acked("b/1", 5).Sub(before)
+	return plain, pipelined
+}
+
 func TestAckedIsTheSendTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p := newPair(t, nil)
-		serve(p.gb, func(req any) (any, error) {
-			time.Sleep(300 * time.Millisecond)
-			return succeed(req)
-		})
-		p.net.memory.Delay("a", "b", 200*time.Millisecond)
-		before := time.Now()
-		if err := p.ga.AppendEntries("b/1", "b/1", heartbeat(5), new(raft.AppendEntriesResponse)); err != nil {
-			t.Fatal(err)
+		if plain, pipelined := ackedLate(t, faults{}); plain != 0 || pipelined != 0 {
+			t.Errorf("acked %v after the send, pipelined %v", plain, pipelined)
 		}
-		if got := p.ga.Acked("b/1", 5); !got.Equal(before) {
-			t.Errorf("acked %v after the call, which took %v", got.Sub(before), time.Since(before))
+	})
+	synctest.Test(t, func(t *testing.T) {
+		if plain, pipelined := ackedLate(t, faults{ackedAtAnswer: true}); plain == 0 || pipelined == 0 {
+			t.Error("the planted fault was not noticed")
 		}
-		select {
-		case <-p.ga.AckNotify():
-		default:
-			t.Error("no notification")
-		}
-		pl, err := p.ga.AppendEntriesPipeline("b/1", "b/1")
-		if err != nil {
-			t.Fatal(err)
-		}
-		before = time.Now()
-		f, err := pl.AppendEntries(entries(5, 1, 3, 10), new(raft.AppendEntriesResponse))
-		if err != nil || f.Error() != nil {
-			t.Fatal(err, f.Error())
-		}
-		if got := p.ga.Acked("b/1", 5); !got.Equal(before) || time.Since(before) < 500*time.Millisecond {
-			t.Errorf("acked %v after the send of a pipelined request, which took %v", got.Sub(before), time.Since(before))
-		}
-		_ = pl.Close()
 	})
 }
 

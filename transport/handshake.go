@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"sync/atomic"
 	"time"
 )
@@ -244,7 +245,7 @@ func (t *Transport) dial(ctx context.Context, addr, to string, why purpose) (*wi
 		if t.ctx.Err() != nil {
 			return nil, Peer{}, fmt.Errorf("%w: %w", ErrUnreachable, ErrClosed)
 		}
-		return nil, Peer{}, fmt.Errorf("%w: %s (%s): %w", ErrUnreachable, to, addr, err)
+		return nil, Peer{}, fmt.Errorf("%w: %s: %w", ErrUnreachable, strings.TrimSpace(to+" "+addr), err)
 	}
 	self := t.cfg.Identity()
 	if why != purposeAsk && self.ClusterID == 0 {

@@ -124,6 +124,7 @@ type Transport struct {
 	metrics *metrics
 	ctx     context.Context // ends with Close
 	cancel  context.CancelFunc
+	faults  faults
 	running atomic.Int64 // call handlers
 	payload atomic.Int64 // bytes that they were given
 	pending sync.Pool    // of *pending; not shared between transports, as its channels belong to a bubble
@@ -138,6 +139,12 @@ type Transport struct {
 	asks     map[string]Handler
 	groups   map[replicaKey]*Group
 	installs map[replicaKey]struct{} // snapshots being received
+}
+
+// faults are planted by tests, to show that the tests for what they break notice them.
+type faults struct {
+	lostIsUnreachable bool // every request on a broken connection counts as not delivered
+	ackedAtAnswer     bool // Acked takes the time of the answer
 }
 
 // New starts a Transport: it accepts connections at once, and dials when there is something to send.
