@@ -4,6 +4,7 @@ import (
 	"github.com/tidwall/btree"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/protobuf/proto"
 )
 
 // The checks of this file give etcd's answers, in etcd's order, before a
@@ -33,6 +34,37 @@ func checkPut(r *pb.PutRequest) error {
 	return nil
 }
 
+// checkForwarded holds a write from another node against the same rules as a
+// client's: the state machine halts at a command that it does not understand,
+// on every replica and again after each restart. Operations are not counted,
+// the nodes may disagree on limits.
+func checkForwarded(data []byte) error {
+	var r pb.InternalRaftRequest
+	if err := proto.Unmarshal(data, &r); err != nil {
+		return errMalformed
+	}
+	commands, err := 0, error(nil)
+	if r.Put != nil {
+		commands, err = commands+1, checkPut(r.Put)
+	}
+	if r.DeleteRange != nil {
+		commands, err = commands+1, checkDelete(r.DeleteRange)
+	}
+	if r.Txn != nil {
+		commands, err = commands+1, checkTxn(r.Txn, maxForwardedOps)
+	}
+	if r.Compaction != nil {
+		commands++
+	}
+	if err != nil || commands != 1 {
+		return errMalformed
+	}
+	return nil
+}
+
+// maxForwardedOps is above any sensible MaxTxnOps, and its square an int.
+const maxForwardedOps = 1 << 14
+
 func checkDelete(r *pb.DeleteRangeRequest) error {
 	if len(r.GetKey()) == 0 {
 		return rpctypes.ErrGRPCEmptyKey
@@ -43,10 +75,11 @@ func checkDelete(r *pb.DeleteRangeRequest) error {
 // checkTxn bounds and checks a transaction, then looks for keys that it would
 // write twice. The bound comes first: what it lets through is cheap to search.
 func checkTxn(r *pb.TxnRequest, maxOps int) error {
-	if err := checkTxnOps(r, maxOps); err != nil {
+	budget := maxOps * maxOps
+	if err := checkTxnOps(r, maxOps, &budget); err != nil {
 		return err
 	}
-	for _, branch := range [][]*pb.RequestOp{r.Success, r.Failure} {
+	for _, branch := range [][]*pb.RequestOp{r.GetSuccess(), r.GetFailure()} {
 		if _, err := collectWrites(branch); err != nil {
 			return err
 		}
@@ -55,10 +88,13 @@ func checkTxn(r *pb.TxnRequest, maxOps int) error {
 }
 
 // checkTxnOps checks every operation. A nested transaction may have only as
-// many operations as its parent has left, which bounds the depth too.
-func checkTxnOps(r *pb.TxnRequest, maxOps int) error {
+// many operations as its parent has left, which bounds the depth too, as in
+// etcd. budget is what all of them may have together: without it, nesting fits
+// so many into one request that looking through them takes seconds.
+func checkTxnOps(r *pb.TxnRequest, maxOps int, budget *int) error {
 	ops := max(len(r.GetCompare()), len(r.GetSuccess()), len(r.GetFailure()))
-	if ops > maxOps {
+	*budget -= len(r.GetCompare()) + len(r.GetSuccess()) + len(r.GetFailure())
+	if ops > maxOps || *budget < 0 {
 		return rpctypes.ErrGRPCTooManyOps
 	}
 	for _, c := range r.GetCompare() {
@@ -68,7 +104,7 @@ func checkTxnOps(r *pb.TxnRequest, maxOps int) error {
 	}
 	for _, branch := range [][]*pb.RequestOp{r.GetSuccess(), r.GetFailure()} {
 		for _, op := range branch {
-			if err := checkOp(op, maxOps-ops); err != nil {
+			if err := checkOp(op, maxOps-ops, budget); err != nil {
 				return err
 			}
 		}
@@ -76,7 +112,7 @@ func checkTxnOps(r *pb.TxnRequest, maxOps int) error {
 	return nil
 }
 
-func checkOp(op *pb.RequestOp, maxOps int) error {
+func checkOp(op *pb.RequestOp, maxOps int, budget *int) error {
 	switch op := op.GetRequest().(type) {
 	case *pb.RequestOp_RequestRange:
 		return checkRange(op.RequestRange)
@@ -85,7 +121,7 @@ func checkOp(op *pb.RequestOp, maxOps int) error {
 	case *pb.RequestOp_RequestDeleteRange:
 		return checkDelete(op.RequestDeleteRange)
 	case *pb.RequestOp_RequestTxn:
-		return checkTxnOps(op.RequestTxn, maxOps)
+		return checkTxnOps(op.RequestTxn, maxOps, budget)
 	default:
 		return rpctypes.ErrGRPCKeyNotFound // etcd's answer for an empty operation
 	}

@@ -53,6 +53,8 @@ func TestCheckTxn(t *testing.T) {
 		"too many compares":  {&pb.TxnRequest{Compare: make([]*pb.Compare, 129)}, rpctypes.ErrGRPCTooManyOps},
 		"deepest":            {&pb.TxnRequest{Success: list(deep)}, nil},
 		"too deep":           {&pb.TxnRequest{Success: list(opTxn(list(deep), nil))}, rpctypes.ErrGRPCTooManyOps},
+		"most in all":        {&pb.TxnRequest{Success: repeated(62, opTxn(repeated(65, opTxn(repeated(3, opRange("a")), nil)), nil))}, nil},
+		"too many in all":    {&pb.TxnRequest{Success: repeated(63, opTxn(repeated(62, opTxn(repeated(3, opRange("a")), repeated(3, opRange("a")))), nil))}, rpctypes.ErrGRPCTooManyOps},
 		"nested above rest":  {&pb.TxnRequest{Success: list(opTxn(repeated(128, opRange("a")), nil))}, rpctypes.ErrGRPCTooManyOps},
 		"nested in rest":     {&pb.TxnRequest{Success: list(opTxn(repeated(127, opRange("a")), nil))}, nil},
 		"compare no key":     {&pb.TxnRequest{Compare: []*pb.Compare{{}}}, rpctypes.ErrGRPCEmptyKey},

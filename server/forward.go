@@ -182,8 +182,11 @@ func (r *router) guarded(h HandlerFunc) HandlerFunc {
 }
 
 func (r *router) handlePropose(ctx context.Context, _ string, payload []byte) ([]byte, error) {
-	if len(payload) < proposeHeader || payload[0] != protocolVersion || payload[2] > byte(fsm.System) {
+	if len(payload) < proposeHeader || payload[0] != protocolVersion || payload[2] != byte(fsm.User) {
 		return answer(codeMalformed), nil
+	}
+	if err := checkForwarded(payload[proposeHeader:]); err != nil {
+		return answer(codeOf(err)), nil
 	}
 	replica := r.cfg.Replica(binary.BigEndian.Uint64(payload[3:]))
 	if replica == nil {
@@ -191,7 +194,7 @@ func (r *router) handlePropose(ctx context.Context, _ string, payload []byte) ([
 	}
 	ctx, cancel := withMillis(ctx, binary.BigEndian.Uint32(payload[11:]))
 	defer cancel()
-	request := fsm.Request{Space: fsm.Space(payload[2]), Data: payload[proposeHeader:]}
+	request := fsm.Request{Space: fsm.User, Data: payload[proposeHeader:]}
 	result, err := r.proposeHere(ctx, replica, request, payload[1]&flagGrows != 0)
 	switch {
 	case err != nil:

@@ -96,20 +96,16 @@ func (r *router) memberNamed(node string) (Member, bool) {
 }
 
 // Alarm lists no alarms: kvd has none that must be raised or disarmed by hand.
-func (s *maintenance) Alarm(_ context.Context, r *pb.AlarmRequest) (*pb.AlarmResponse, error) {
+func (s *maintenance) Alarm(ctx context.Context, r *pb.AlarmRequest) (*pb.AlarmResponse, error) {
 	if r.Action == pb.AlarmRequest_ACTIVATE && r.Alarm != pb.AlarmType_NONE {
 		return nil, unsupported("raising alarms is")
 	}
-	return &pb.AlarmResponse{Header: s.header(s.revision())}, nil
+	return &pb.AlarmResponse{Header: s.header(s.revision(ctx))}, nil
 }
 
 // revision is this node's current one, 0 if it has no state.
-func (s *maintenance) revision() int64 {
-	replica := s.router.cfg.Replica(userGroup)
-	if replica == nil {
-		return 0
-	}
-	state, release, err := replica.AcquireState(context.Background(), 0)
+func (s *maintenance) revision(ctx context.Context) int64 {
+	state, release, err := s.local(ctx)
 	if err != nil {
 		return 0
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -13,6 +14,7 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/protobuf/proto"
 
 	"kvd/fsm"
 	"kvd/shard"
@@ -381,8 +383,19 @@ func TestHandlersSurviveAnything(t *testing.T) {
 	replica.onPropose = func(context.Context, fsm.Request) (fsm.Result, error) { panic("bug") }
 	replica.onReadIndex = func(context.Context) (uint64, error) { panic("bug") }
 	s := newTestServer(t, testConfig(replica, &fakePeers{}))
-	valid := make([]byte, proposeHeader)
-	valid[0], valid[11] = protocolVersion, 1
+	header := make([]byte, proposeHeader)
+	header[0], header[11] = protocolVersion, 1
+	with := func(r *pb.InternalRaftRequest) []byte {
+		data, err := proto.Marshal(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return slices.Concat(header, data)
+	}
+	put, del := putData(t, "k", "v"), &pb.DeleteRangeRequest{Key: []byte("k")}
+	valid := with(&pb.InternalRaftRequest{Put: put})
+	systemSpace := bytes.Clone(valid)
+	systemSpace[2] = byte(fsm.System)
 	wrongSpace := bytes.Clone(valid)
 	wrongSpace[2] = 7
 	wrongGroup := bytes.Clone(valid)
@@ -394,13 +407,22 @@ func TestHandlersSurviveAnything(t *testing.T) {
 	}{
 		"empty":              {methodPropose, nil, codeMalformed},
 		"short":              {methodPropose, valid[:14], codeMalformed},
+		"nothing":            {methodPropose, header, codeMalformed},
+		"garbage":            {methodPropose, append(bytes.Clone(header), "garbage!"...), codeMalformed},
+		"cut off":            {methodPropose, valid[:len(valid)-1], codeMalformed},
+		"unknown command":    {methodPropose, with(&pb.InternalRaftRequest{LeaseGrant: &pb.LeaseGrantRequest{ID: 1}}), codeMalformed},
+		"two commands":       {methodPropose, with(&pb.InternalRaftRequest{Put: put, DeleteRange: del}), codeMalformed},
+		"put without key":    {methodPropose, with(&pb.InternalRaftRequest{Put: &pb.PutRequest{}}), codeMalformed},
+		"delete without key": {methodPropose, with(&pb.InternalRaftRequest{DeleteRange: &pb.DeleteRangeRequest{}}), codeMalformed},
+		"empty operation":    {methodPropose, with(&pb.InternalRaftRequest{Txn: &pb.TxnRequest{Success: []*pb.RequestOp{{}}}}), codeMalformed},
+		"system space":       {methodPropose, systemSpace, codeMalformed},
 		"version":            {methodPropose, bytes.Repeat([]byte{9}, 40), codeMalformed},
 		"space":              {methodPropose, wrongSpace, codeMalformed},
 		"group":              {methodPropose, wrongGroup, codeNotLeader},
 		"panic":              {methodPropose, valid, codeUnknown},
 		"empty read index":   {methodReadIndex, nil, codeMalformed},
-		"long read index":    {methodReadIndex, valid, codeMalformed},
-		"panic of readindex": {methodReadIndex, valid[:readIndexHeader], codeUnknown},
+		"long read index":    {methodReadIndex, header, codeMalformed},
+		"panic of readindex": {methodReadIndex, header[:readIndexHeader], codeUnknown},
 	} {
 		t.Run(name, func(t *testing.T) {
 			reply, err := s.Handlers()[test.method](t.Context(), "n2", test.payload)
