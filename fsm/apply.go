@@ -33,6 +33,7 @@ func (s *Store) Apply(index, term uint64, data []byte) ([]Result, error) {
 	s.beginDigest(index, term)
 	results, err := s.applyEntry(term, e)
 	if err != nil {
+		s.isTorn = true
 		return nil, s.fail(fmt.Errorf("entry %d: %w", index, err))
 	}
 	s.commit(index, term, nil)

@@ -50,6 +50,8 @@ type faults struct {
 	flushFails      func() error          // this flush fails
 	rowNotDeleted   func(key []byte) bool // this compaction leaves the row
 	outOfOrder      bool                  // compaction deletes newest rows first
+	nameNotSynced   func() error          // the name of a defragmented file cannot be made durable
+	copying         func()                // called before a defragmentation copies
 }
 
 func (c Config) withDefaults() Config {

@@ -20,7 +20,7 @@ type defragment struct {
 const defragmentSuffix = ".defragment.tmp"
 
 // Defragment rewrites the file without its free pages. Reads and writes go on; what is applied meanwhile waits in
-// memory, so that apply stalls if it goes beyond MaxLagBytes. On an error the old file stays in use.
+// memory, so that apply stalls if it goes beyond MaxLagBytes. On an error the old file stays in use. Close ends it.
 func (s *Store) Defragment(ctx context.Context) error {
 	d := &defragment{ctx: ctx, done: make(chan error, 1)}
 	select {
@@ -37,6 +37,9 @@ func (s *Store) Defragment(ctx context.Context) error {
 
 func (s *Store) defragment(ctx context.Context) (err error) {
 	defer catchCorruption(&err)()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(s.stop, func() { cancel(ErrClosed) })()
 	s.pathMu.Lock()
 	target := s.path
 	s.pathMu.Unlock()
@@ -52,6 +55,9 @@ func (s *Store) defragment(ctx context.Context) (err error) {
 	f, err := openFile(s.config, path)
 	if err != nil {
 		return err
+	}
+	if hook := s.config.faults.copying; hook != nil {
+		hook()
 	}
 	err = copyDB(ctx, f.db, old.db)
 	if err == nil {
@@ -70,11 +76,18 @@ func (s *Store) defragment(ctx context.Context) (err error) {
 			s.config.Logger.Warn("cannot close the file from before defragmentation", "error", err)
 		}
 	})
-	if err := syncDir(filepath.Dir(target)); err != nil {
+	if err := s.syncName(target); err != nil { // a crash may bring the old file back: nothing may be written to this one
 		s.failFlush(err)
 		return err
 	}
 	return nil
+}
+
+func (s *Store) syncName(path string) error {
+	if f := s.config.faults.nameNotSynced; f != nil {
+		return f()
+	}
+	return syncDir(filepath.Dir(path))
 }
 
 // rename gives the new file the name target, unless that is not this store's
@@ -98,8 +111,8 @@ func copyDB(ctx context.Context, to, from *bbolt.DB) error {
 	for _, name := range [][]byte{metaBucket, spaceBuckets[User], spaceBuckets[System]} {
 		cursor := source.Bucket(name).Cursor()
 		for k, v := cursor.First(); ; {
-			if err := ctx.Err(); err != nil {
-				return err
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
 			}
 			err := to.Update(func(tx *bbolt.Tx) error {
 				bucket, err := tx.CreateBucketIfNotExists(name)

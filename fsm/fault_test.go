@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"go.etcd.io/bbolt"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -147,6 +148,74 @@ func TestFailedFlushIsFatalAndReported(t *testing.T) {
 	}
 	if err := s.Close(); !errors.Is(err, disk) {
 		t.Errorf("Close: %v", err)
+	}
+}
+
+// TestHalfAppliedEntryIsNotWritten damages a row that the second request of an entry has to read.
+func TestHalfAppliedEntryIsNotWritten(t *testing.T) {
+	config := testConfig(tempPath(t))
+	config.FlushInterval = time.Hour
+	s, err := Open(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	apply(t, s, put("a", "1"))
+	if err := s.Flush(t.Context(), 1); err != nil {
+		t.Fatal(err)
+	}
+	row := mvcc.Revision{Main: 2}.AppendKey(nil, false)
+	var sound []byte
+	change := func(to []byte) {
+		t.Helper()
+		if err := s.file.Load().db.Update(func(tx *bbolt.Tx) error {
+			b := tx.Bucket(spaceBuckets[User])
+			sound = slices.Clone(b.Get(row))
+			return b.Put(row, to)
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	change([]byte{0xff})
+	apply(t, s, put("c", "1"))
+	data := entryOf(t, put("b", "1"), &pb.PutRequest{Key: []byte("a"), Value: []byte("2"), PrevKv: true})
+	if _, err := s.Apply(3, 1, data); !errors.Is(err, ErrCorruptState) {
+		t.Fatalf("Apply: %v", err)
+	}
+	if err := s.Flush(t.Context(), 3); !errors.Is(err, ErrCorruptState) {
+		t.Errorf("Flush: %v", err)
+	}
+	change(sound)
+	if err := s.Close(); !errors.Is(err, ErrCorruptState) {
+		t.Errorf("Close: %v", err)
+	}
+	again := open(t, testConfig(config.Path))
+	if again.AppliedIndex() != 1 || get(t, again, "a") != "1" || get(t, again, "b") != "" {
+		t.Errorf("at %d after reopening, a=%s b=%s", again.AppliedIndex(), get(t, again, "a"), get(t, again, "b"))
+	}
+}
+
+func TestNothingIsWrittenToAFileWhoseNameMayBeLost(t *testing.T) {
+	disk := errors.New("the disk is gone")
+	config := testConfig(tempPath(t))
+	config.FlushInterval = time.Hour
+	config.faults.nameNotSynced = func() error { return disk }
+	s, err := Open(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	apply(t, s, put("a", "1"))
+	if err := s.Flush(t.Context(), 1); err != nil {
+		t.Fatal(err)
+	}
+	apply(t, s, put("a", "2"))
+	if err := s.Defragment(t.Context()); !errors.Is(err, disk) {
+		t.Errorf("Defragment: %v", err)
+	}
+	if err := s.Close(); !errors.Is(err, disk) {
+		t.Errorf("Close: %v", err)
+	}
+	if s.DurableIndex() != 1 {
+		t.Errorf("durable at %d", s.DurableIndex())
 	}
 }
 

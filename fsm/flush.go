@@ -66,6 +66,9 @@ func (s *Store) flushLoop() {
 			due = true
 		case d := <-s.defragments:
 			d.done <- s.defragment(d.ctx)
+			if s.failedOnDisk.Load() {
+				return
+			}
 		}
 		if !due {
 			continue
@@ -96,10 +99,14 @@ type flushBatch struct {
 	deleted       int // revisions of the deletion that this flush deletes
 }
 
-// takeBatch moves what is active into the batch. Readers find it as flushing until it is on disk.
-func (s *Store) takeBatch() flushBatch {
+// takeBatch moves what is active into the batch. Readers find it as flushing until it is on disk. It returns the
+// store's failure if the last entry was not applied whole: then what is active does not belong to any index.
+func (s *Store) takeBatch() (flushBatch, error) {
 	s.applyMu.Lock()
 	defer s.applyMu.Unlock()
+	if s.isTorn {
+		return flushBatch{}, s.Err()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	b := flushBatch{state: s.state, bytes: s.activeBytes}
@@ -112,15 +119,21 @@ func (s *Store) takeBatch() flushBatch {
 		b.rows[i] = sp.active
 		sp.flushing, sp.active = sp.active, nil
 		if n := len(b.rows[i]); n > 0 {
-			sp.active = make(mvcc.Rows, 0, n)
+			sp.active = make(mvcc.Rows, 0, min(n, maxActiveCapacity))
 		}
 	}
-	return b
+	return b, nil
 }
+
+// maxActiveCapacity is how many rows are made room for in advance, whatever the last batch had.
+const maxActiveCapacity = 1 << 16
 
 func (s *Store) flush() error {
 	start := time.Now()
-	b := s.takeBatch()
+	b, err := s.takeBatch()
+	if err != nil {
+		return err
+	}
 	p := &s.flushed
 	if p.deletion != nil {
 		b.deletion, b.deleted = p.deletion, min(len(p.deletion.revisions), 10*s.config.CompactionBatch)

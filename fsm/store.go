@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 
@@ -45,6 +46,7 @@ type Store struct {
 	arena       mvcc.Arena
 	activeBytes int64 // of the rows that no flush has taken
 	isDirty     bool  // something has been applied that no flush has taken
+	isTorn      bool  // the last entry failed half-way: nothing is written any more
 
 	mu            sync.RWMutex
 	spaces        [spaces]*keyspace
@@ -131,6 +133,9 @@ func Open(config Config) (*Store, error) {
 	if err == nil {
 		err = s.load(f.db)
 	}
+	if err == nil && !config.NoSync {
+		err = syncDir(filepath.Dir(config.Path)) // the name of a new file
+	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("load %s: %w", config.Path, err), f.db.Close())
 	}
@@ -202,8 +207,8 @@ func (s *Store) Moved(path string) {
 }
 
 // Close stops the background work, writes what has been applied and closes the file. It waits for reads in
-// progress, so cancel theirs first. It returns the error of the last flush; the entries above DurableIndex are then
-// only in the log.
+// progress, so cancel theirs first. It returns the error of the last flush, or the one that left an entry half
+// applied, so that nothing may be written; the entries above DurableIndex are then only in the log.
 func (s *Store) Close() error {
 	s.closeOnce.Do(func() {
 		s.stopNow()
