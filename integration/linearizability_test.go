@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -109,11 +110,11 @@ func (p patient) Settle(ctx context.Context) error { return p.WaitReady(ctx, p.N
 func TestLinearizableUnderFaults(t *testing.T) {
 	t.Parallel()
 	seed := seed(t)
-	c := cluster.Run(t, cluster.Config{Links: true, Args: with("--snapshot-entries=300", "--trailing-entries=50")})
+	c := cluster.Run(t, cluster.Config{Nodes: *nodesFlag, Links: true, Args: with("--snapshot-entries=300", "--trailing-entries=50")})
 	var history linearizability.History
 	traffic := linearizability.Traffic{Keys: []string{"k0", "k1", "k2", "k3"}, Seed: seed, Think: 15 * time.Millisecond, Timeout: 3 * time.Second}
-	for i := range 9 {
-		traffic.Services = append(traffic.Services, newService(t, c, c.Names()[i%3]))
+	for _, name := range slices.Repeat(c.Names(), 3) {
+		traffic.Services = append(traffic.Services, newService(t, c, name))
 	}
 	stop, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})

@@ -17,6 +17,7 @@ import (
 // Flags of long campaigns (scripts/soak).
 var (
 	seedFlag     = flag.Uint64("seed", 0, "seed of the random choices; 0 = a random one, which is printed")
+	nodesFlag    = flag.Int("nodes", 3, "how many nodes the campaigns under faults have")
 	campaignFlag = flag.Duration("campaign", 0, "how long the campaigns under faults last; 0 = one round of faults")
 )
 

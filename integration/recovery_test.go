@@ -236,3 +236,46 @@ func TestWipedNodeDoesNotVoteWithItsOldID(t *testing.T) {
 	}
 	t.Logf("%s (behind) and %s (wiped) elected nobody; with %s back nothing was lost", behind, wiped, lead)
 }
+
+// A second directory under the name of a node that is alive stays out, and takes its place when that one is gone;
+// then the first has to stay out.
+func TestTwoNodesOfOneName(t *testing.T) {
+	t.Parallel()
+	c := cluster.Run(t, cluster.Config{Args: quick})
+	data := pairs("twins", 0, 20)
+	write(t, c, "n1", data)
+	name := others(c, leader(t, c))[0]
+	first, address := c.Node(name), c.Node(name).PeerAddr()
+	var peers []string
+	for _, other := range c.Names() {
+		peers = append(peers, other+"="+c.Node(other).PeerAddr())
+	}
+	dir := filepath.Join(c.Dir, "second")
+	launch := func(dir string, flags ...string) *cluster.Cluster {
+		args := append([]string{"--name", name, "--peers", strings.Join(peers, ",")}, flags...)
+		other := cluster.New(t, cluster.Config{Nodes: 1, Args: with(args...), Dirs: map[string]string{"n1": dir}})
+		must(t, other.Node("n1").Start())
+		return other
+	}
+
+	second := launch(dir)
+	eventually(t, "the second has to wait", func(context.Context) (bool, error) {
+		return second.Node("n1").Log.Contains("waiting to rejoin"), nil
+	})
+	read(t, c, name, data)
+	must(t, second.Node("n1").Kill())
+	must(t, first.Kill())
+
+	second = launch(dir, "--listen-peer", address)
+	must(t, second.WaitReady(liveness(t), "n1"))
+	read(t, second, "n1", data)
+
+	returned := launch(first.Dir).Node("n1")
+	code, err := returned.Exit(liveness(t))
+	must(t, err)
+	refused(t, code, returned.Log.Life(), name, first.Dir)
+	more := pairs("second", 0, 20)
+	write(t, second, "n1", more)
+	read(t, c, others(c, name)[0], append(data, more...))
+	t.Logf("a second %s had to wait until the first was gone; then the first was refused", name)
+}
