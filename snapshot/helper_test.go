@@ -60,8 +60,8 @@ func fillBucket(b *bbolt.Bucket, rnd *rand.Rand, keys int) error {
 			size = rnd.IntN(40_000)
 		}
 		value := make([]byte, size)
-		for i := range value {
-			value[i] = byte(rnd.Uint32())
+		for i := 0; i < len(value); i += 4 {
+			copy(value[i:], binary.BigEndian.AppendUint32(nil, rnd.Uint32()))
 		}
 		if err := b.Put(key, value); err != nil {
 			return err

@@ -96,7 +96,7 @@ func mustOpen(t testing.TB, s *Store) (*raft.SnapshotMeta, io.ReadCloser) {
 }
 
 func TestStoreStreamsTheDurableState(t *testing.T) {
-	src := newSource(t, 2000)
+	src := newSource(t, 300)
 	reg := prometheus.NewRegistry()
 	s := newTestStore(t, src, Config{Registerer: reg})
 	_ = NewStore(src, Config{Registerer: reg}) // as after an install

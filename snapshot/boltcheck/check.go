@@ -20,8 +20,8 @@ var ErrCorrupt = errors.New("bbolt file is corrupt")
 // File checks all pages of the closed bbolt file at path that a transaction can reach, and refuses with
 // ErrCorrupt a file whose pages are out of bounds, of the wrong kind, used twice, used and free or neither, out
 // of order, or malformed. It is what bbolt's own Tx.Check does, on bytes that nobody vouches for. Values are not
-// read; everything else is. It takes a few pages of memory and a bit for each page of the file. ctx is looked
-// at between pages.
+// read; everything else is, once. It takes a few pages of memory and a bit for each page of the file. ctx is
+// looked at between pages.
 func File(ctx context.Context, path string) error {
 	f, err := os.Open(path)
 	if err != nil {
@@ -51,7 +51,7 @@ const (
 	version    = 2
 	noFreelist = ^uint64(0)
 
-	minPageBytes, maxPageBytes = 1 << 10, 1 << 24
+	minPageBytes, maxPageBytes = 1 << 10, 1 << 16
 	maxKeyBytes                = 1 << 15
 
 	// maxDepth bounds branches and nested buckets together: with two keys to a page, 2^60 is enough.
@@ -159,6 +159,8 @@ type node struct {
 	start uint64 // offset in the file
 	size  uint64
 	head  []byte // the first part of it, in memory; all of it for an inline bucket
+
+	inline bool
 }
 
 // bytes returns the n bytes at offset from.
@@ -181,12 +183,18 @@ func (p *node) elements() ([]byte, error) {
 	return p.bytes(pageHeadBytes, uint64(order.Uint16(p.head[10:]))*elementBytes)
 }
 
-// key returns the i-th element's key, which lies pos bytes from the element.
-func (p *node) key(i int, pos, ksize uint32) ([]byte, error) {
+// key returns the i-th element's key, which lies pos bytes from the element and not before offset after; and
+// the offset of its end. Elements that overlapped could make a small page take very long to check.
+func (p *node) key(i int, pos, ksize uint32, after uint64) (key []byte, end uint64, err error) {
+	from := pageHeadBytes + uint64(i)*elementBytes + uint64(pos)
 	if ksize == 0 || ksize > maxKeyBytes {
-		return nil, corrupt(p.id, "has a key of %d bytes", ksize)
+		return nil, 0, corrupt(p.id, "has a key of %d bytes", ksize)
 	}
-	return p.bytes(pageHeadBytes+uint64(i)*elementBytes+uint64(pos), uint64(ksize))
+	if from < after {
+		return nil, 0, corrupt(p.id, "has elements that overlap")
+	}
+	key, err = p.bytes(from, uint64(ksize))
+	return key, from + uint64(ksize), err
 }
 
 // open reads and claims the node at page id. close gives its buffer back.
@@ -254,10 +262,11 @@ func (c *checker) branch(p *node, low, high []byte, depth int) error {
 	if n == 0 {
 		return corrupt(p.id, "is a branch to nowhere")
 	}
-	var key []byte
+	var key, next []byte
+	end := uint64(pageHeadBytes + len(elements))
 	for i := range n {
 		e := elements[i*elementBytes:]
-		next, err := p.key(i, order.Uint32(e), order.Uint32(e[4:]))
+		next, end, err = p.key(i, order.Uint32(e), order.Uint32(e[4:]), end)
 		if err == nil && i == 0 {
 			err = checkKey(p.id, next, low, high, false)
 		} else if err == nil {
@@ -279,22 +288,21 @@ func (c *checker) leaf(p *node, low, high []byte, depth int) error {
 	if err != nil {
 		return err
 	}
-	previous := low
+	previous, end := low, uint64(pageHeadBytes+len(elements))
 	for i := range len(elements) / elementBytes {
 		e := elements[i*elementBytes:]
 		flags, pos, ksize, vsize := order.Uint32(e), order.Uint32(e[4:]), order.Uint32(e[8:]), order.Uint32(e[12:])
-		key, err := p.key(i, pos, ksize)
+		key, value, err := p.key(i, pos, ksize, end)
 		if err == nil {
 			err = checkKey(p.id, key, previous, high, i > 0)
 		}
 		if err == nil {
-			value := pageHeadBytes + uint64(i)*elementBytes + uint64(pos) + uint64(ksize)
 			err = c.value(p, flags, value, uint64(vsize), depth)
 		}
 		if err != nil {
 			return err
 		}
-		previous = key
+		previous, end = key, value+uint64(vsize)
 	}
 	return nil
 }
@@ -306,7 +314,7 @@ func (c *checker) value(p *node, flags uint32, from, n uint64, depth int) error 
 		return corrupt(p.id, "has a value outside of it")
 	case flags == 0:
 		return nil
-	case flags != bucketFlag || n < bucketBytes || n > c.pageBytes:
+	case flags != bucketFlag || p.inline || n < bucketBytes || n > c.pageBytes: // inline buckets have no buckets inside
 		return corrupt(p.id, "has an element with flags %#x of %d bytes", flags, n)
 	}
 	b, err := p.bytes(from, n)
@@ -317,10 +325,10 @@ func (c *checker) value(p *node, flags uint32, from, n uint64, depth int) error 
 		return c.page(root, nil, nil, depth+1)
 	}
 	inline := b[bucketBytes:]
-	if depth >= maxDepth || len(inline) < pageHeadBytes || order.Uint16(inline[8:]) != leafPage {
+	if len(inline) < pageHeadBytes || order.Uint16(inline[8:]) != leafPage {
 		return corrupt(p.id, "has a malformed inline bucket")
 	}
-	return c.leaf(&node{c: c, id: p.id, size: uint64(len(inline)), head: inline}, nil, nil, depth+1)
+	return c.leaf(&node{c: c, id: p.id, size: uint64(len(inline)), head: inline, inline: true}, nil, nil, depth)
 }
 
 // freelist checks that the free pages are inside of the file, ascending, that nothing else uses them, and

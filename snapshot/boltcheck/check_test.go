@@ -21,7 +21,7 @@ func TestPageCheckAgreesWithBbolt(t *testing.T) {
 	caught, harmless := 0, 0
 	rapid.Check(t, func(rt *rapid.T) {
 		rnd := rand.New(rand.NewPCG(rapid.Uint64().Draw(rt, "seed"), 0))
-		path, pageBytes := newFile(t, rnd, rapid.SampledFrom([]int{0, 5, 100, 2000}).Draw(rt, "keys"))
+		path, pageBytes := newFile(t, rnd, rapid.SampledFrom([]int{0, 5, 100, 1000}).Draw(rt, "keys"))
 		if err := File(context.Background(), path); err != nil {
 			rt.Fatalf("refuses a sound file: %v", err)
 		}
@@ -106,7 +106,7 @@ func fillBucket(b *bbolt.Bucket, rnd *rand.Rand, keys int) error {
 
 // bboltCheck has bbolt open and check the file, and reads everything in it.
 func bboltCheck(path string) error {
-	db, err := bbolt.Open(path, 0o600, nil)
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{NoSync: true, NoFreelistSync: true})
 	if err != nil {
 		return err
 	}
@@ -156,6 +156,71 @@ func damage(t *testing.T, rnd *rand.Rand, path string, pageSize int) (undo func(
 	return func() {
 		if err := os.WriteFile(path, before, 0o600); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// leafOf returns a leaf whose elements are buckets, all of which have the one value; the key of each but the first
+// begins before the one before it, so that all of them end where the value begins. It is followed by nothing.
+func leafOf(keys int, value []byte) []byte {
+	const all = "dcba" // "a", "ba", "cba", "dcba" are in order
+	name := all[len(all)-keys:]
+	b := make([]byte, pageHeadBytes+keys*elementBytes)
+	order.PutUint16(b[8:], leafPage)
+	order.PutUint16(b[10:], uint16(keys))
+	for i := range keys {
+		at := pageHeadBytes + i*elementBytes
+		order.PutUint32(b[at:], bucketFlag)
+		order.PutUint32(b[at+4:], uint32(len(b)+keys-1-i-at))
+		order.PutUint32(b[at+8:], uint32(i+1))
+		order.PutUint32(b[at+12:], uint32(len(value)))
+	}
+	return append(append(b, name...), value...)
+}
+
+// fileOf returns a file whose root is the leaf.
+func fileOf(leaf []byte) []byte {
+	const pageBytes = 4096
+	b := make([]byte, 3*pageBytes)
+	for i := range 2 {
+		m := b[i*pageBytes+pageHeadBytes:]
+		order.PutUint32(m, magic)
+		order.PutUint32(m[4:], version)
+		order.PutUint32(m[8:], pageBytes)
+		order.PutUint64(m[16:], 2)
+		order.PutUint64(m[32:], noFreelist)
+		order.PutUint64(m[40:], 3)
+		sum := fnv.New64a()
+		sum.Write(m[:metaBytes-8])
+		order.PutUint64(m[metaBytes-8:], sum.Sum64())
+	}
+	copy(b[2*pageBytes:], leaf)
+	order.PutUint64(b[2*pageBytes:], 2)
+	return b
+}
+
+// What a page says is looked at once. Elements that share bytes, and inline buckets inside of each other, would
+// let one page ask for 2^60 steps.
+func TestSharedAndNestedElementsAreRefused(t *testing.T) {
+	bucket := func(leaf []byte) []byte { return append(make([]byte, bucketBytes), leaf...) }
+	empty := bucket(leafOf(0, nil))
+	nested := empty
+	for range 20 {
+		nested = bucket(leafOf(2, nested))
+	}
+	for _, c := range []struct {
+		name string
+		leaf []byte
+		want error
+	}{
+		{"one inline bucket", leafOf(1, empty), nil},
+		{"one value for two", leafOf(2, empty), ErrCorrupt},
+		{"an inline bucket in another", leafOf(1, bucket(leafOf(1, empty))), ErrCorrupt},
+		{"a million", leafOf(2, nested), ErrCorrupt},
+	} {
+		b := fileOf(c.leaf)
+		if err := Check(context.Background(), bytes.NewReader(b), int64(len(b))); !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
+			t.Errorf("%s: %v", c.name, err)
 		}
 	}
 }
@@ -241,7 +306,7 @@ func TestContextEndsTheCheck(t *testing.T) {
 
 // Cut anywhere, a file is refused or has everything: bbolt would die of it.
 func TestTruncatedFile(t *testing.T) {
-	path, pageBytes := newFile(t, rand.New(rand.NewPCG(2, 0)), 2000)
+	path, pageBytes := newFile(t, rand.New(rand.NewPCG(2, 0)), 300)
 	whole, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
