@@ -121,7 +121,7 @@ func (s *Store) applyEntry(term uint64, e entry) ([]Result, error) {
 		}
 		return results, nil
 	}
-	a := application{store: s, entry: e, results: results, puts: make([]putResponse, e.puts)}
+	a := application{store: s, entry: e, results: results, puts: make([]putResponse, e.puts), reads: allowance{bytes: entryReadBytes}}
 	for i := 0; i < len(e.commands); {
 		n, err := a.apply(i)
 		if err != nil {
@@ -152,12 +152,15 @@ type application struct {
 	results []Result
 	puts    []putResponse // not used yet
 	writer  writer
+	reads   allowance
 }
 
 // begin makes the writer ready for the i-th command.
 func (a *application) begin(i int) *writer {
 	c := &a.entry.commands[i]
 	a.writer = a.store.newWriter(c.space)
+	a.reads.free = freeReadBytes
+	a.writer.meter = &a.reads
 	if a.entry.floor != 0 {
 		a.writer.next = a.entry.floor + int64(i)
 	}
@@ -171,7 +174,7 @@ func (a *application) begin(i int) *writer {
 func (a *application) apply(i int) (n int, err error) {
 	c := &a.entry.commands[i]
 	if !c.isPlainPut() {
-		a.results[i], err = a.begin(i).apply(*c)
+		a.results[i], err = a.begin(i).applyBounded(*c)
 		a.store.digestOutcome(*c, a.results[i].Err)
 		return 1, err
 	}

@@ -14,11 +14,17 @@ var (
 	ErrLeaseNotFound = errors.New("fsm: requested lease not found")
 	// ErrStaleFloor: the entry's reserved revisions are not usable any more; propose the request again.
 	ErrStaleFloor = errors.New("fsm: reserved revisions are stale")
+	// ErrReadsTooMuch: a transaction that may write wanted to read more than one may.
+	ErrReadsTooMuch = errors.New("fsm: transaction reads too much")
 	// ErrUnknownSpace: a read named a key space that does not exist.
 	ErrUnknownSpace = errors.New("fsm: unknown key space")
 	// ErrNotReadOnly: a transaction given to ReadTxn writes.
 	ErrNotReadOnly = errors.New("fsm: transaction is not read-only")
 )
+
+// ErrAnswerDropped: unlike after all of the above, the transaction has been executed. Its ranges and previous values
+// were more than it may read, so there is no answer.
+var ErrAnswerDropped = errors.New("fsm: transaction was executed, but reads too much to be answered")
 
 // Errors that end a store. They are returned by every later call that would change it or wait for a change.
 var (
@@ -57,6 +63,10 @@ func errorCode(err error) byte {
 		return 4
 	case ErrStaleFloor:
 		return 5
+	case ErrReadsTooMuch:
+		return 6
+	case ErrAnswerDropped:
+		return 7
 	default:
 		return 255
 	}

@@ -20,7 +20,7 @@ const hashBatch = 256
 // rev that a read can see, as etcd does, and with the same result. It depends on rev and compactRev alone, not on
 // how far physical compaction has come. Errors: ErrCompacted, ErrFutureRevision, ctx's.
 func (s *Store) HashKV(ctx context.Context, rev int64) (sum uint32, compactRev, hashRev int64, err error) {
-	v, err := s.openView(User)
+	v, err := s.openView(ctx, User)
 	if err != nil {
 		return 0, 0, 0, err
 	}

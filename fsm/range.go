@@ -32,6 +32,9 @@ func (v *view) rangeKeys(ctx context.Context, r *pb.RangeRequest, count bool) (*
 	}
 	var kvs []*mvccpb.KeyValue
 	if r.KeysOnly && r.SortTarget != pb.RangeRequest_VALUE {
+		if err := v.take(len(hits) * kvBytes); err != nil {
+			return nil, err
+		}
 		kvs = keysOnly(hits)
 	} else if kvs, err = v.fetch(ctx, hits); err != nil {
 		return nil, err

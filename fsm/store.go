@@ -320,7 +320,7 @@ func (s *Store) RangePage(ctx context.Context, space Space, r *pb.RangeRequest) 
 }
 
 func (s *Store) read(ctx context.Context, space Space, r *pb.RangeRequest, count bool) (*pb.RangeResponse, error) {
-	v, err := s.openView(space)
+	v, err := s.openView(ctx, space)
 	if err != nil {
 		return nil, err
 	}
@@ -333,7 +333,7 @@ func (s *Store) ReadTxn(ctx context.Context, space Space, r *pb.TxnRequest) (*pb
 	if !readOnly(r) {
 		return nil, ErrNotReadOnly
 	}
-	v, err := s.openView(space)
+	v, err := s.openView(ctx, space)
 	if err != nil {
 		return nil, err
 	}

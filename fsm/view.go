@@ -25,9 +25,10 @@ type view struct {
 	revision  int64 // newest it sees
 	compacted int64
 	epoch     *readEpoch
+	meter     Meter // nil = what is read is not bounded
 }
 
-func (s *Store) openView(space Space) (*view, error) {
+func (s *Store) openView(ctx context.Context, space Space) (*view, error) {
 	if space >= spaces {
 		return nil, fmt.Errorf("%w: %d", ErrUnknownSpace, space)
 	}
@@ -35,7 +36,7 @@ func (s *Store) openView(space Space) (*view, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	s.epoch.readers.Add(1)
-	return &view{store: s, space: sp, revision: sp.revision, compacted: sp.compacted, epoch: s.epoch}, nil
+	return &view{store: s, space: sp, revision: sp.revision, compacted: sp.compacted, epoch: s.epoch, meter: meterOf(ctx)}, nil
 }
 
 func (v *view) close() { v.epoch.leave() }
@@ -115,9 +116,13 @@ func (v *view) collect(ctx context.Context, span mvcc.Span, rev, limit int64, co
 		if err := ctx.Err(); err != nil {
 			return nil, 0, err
 		}
+		before := total
 		s.mu.RLock()
 		from, done = sp.index.Scan(span, from, rev, scanBudget, visit)
 		s.mu.RUnlock()
+		if err := v.take(int(total-before) * visitBytes); err != nil {
+			return nil, 0, err
+		}
 	}
 	return hits, total, nil
 }
@@ -128,6 +133,9 @@ const countOnly = -1 << 63
 // fetch reads the values of hits. What it returns may share memory with other reads and must not be changed.
 func (v *view) fetch(ctx context.Context, hits []hit) ([]*mvccpb.KeyValue, error) {
 	s, sp := v.store, v.space
+	if err := v.take(len(hits) * kvBytes); err != nil {
+		return nil, err
+	}
 	kvs, all := make([]*mvccpb.KeyValue, len(hits)), make([]mvccpb.KeyValue, len(hits))
 	s.mu.RLock()
 	active, flushing := sp.active, sp.flushing
@@ -146,6 +154,9 @@ func (v *view) fetch(ctx context.Context, hits []hit) ([]*mvccpb.KeyValue, error
 		if err := mvcc.DecodeRow(data, kvs[i]); err != nil {
 			return nil, fmt.Errorf("%w: key %q: %w", ErrCorruptState, h.key, err)
 		}
+		if err := v.take(len(kvs[i].Key) + len(kvs[i].Value)); err != nil {
+			return nil, err
+		}
 	}
 	if missing == 0 {
 		return kvs, nil
@@ -156,11 +167,11 @@ func (v *view) fetch(ctx context.Context, hits []hit) ([]*mvccpb.KeyValue, error
 		return nil, err
 	}
 	defer rollback(tx)
-	return kvs, fetchStored(ctx, tx.Bucket(sp.bucket), hits, kvs, all)
+	return kvs, v.fetchStored(ctx, tx.Bucket(sp.bucket), hits, kvs, all)
 }
 
 // fetchStored fills the gaps of kvs from the file.
-func fetchStored(ctx context.Context, bucket *bbolt.Bucket, hits []hit, kvs []*mvccpb.KeyValue, all []mvccpb.KeyValue) error {
+func (v *view) fetchStored(ctx context.Context, bucket *bbolt.Bucket, hits []hit, kvs []*mvccpb.KeyValue, all []mvccpb.KeyValue) error {
 	var arena mvcc.Arena
 	var keyBuffer [mvcc.KeyBytes]byte
 	for i, h := range hits {
@@ -177,6 +188,9 @@ func fetchStored(ctx context.Context, bucket *bbolt.Bucket, hits []hit, kvs []*m
 		kvs[i] = &all[i]
 		if err := mvcc.DecodeRow(append(arena.Take(len(stored)), stored...), kvs[i]); err != nil {
 			return fmt.Errorf("%w: key %q: %w", ErrCorruptState, h.key, err)
+		}
+		if err := v.take(len(kvs[i].Key) + len(kvs[i].Value)); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -3,6 +3,7 @@ package fsm
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -24,11 +25,41 @@ type writer struct {
 	next     int64 // the revision of the transaction's changes
 	changes  uint32
 	response *putResponse
+	dropped  bool // the answer has become too large
 }
 
 func (s *Store) newWriter(space Space) writer {
 	sp := s.spaces[space] // only apply changes its revisions
 	return writer{view: view{store: s, space: sp, revision: sp.revision, compacted: sp.compacted}, next: sp.revision + 1}
+}
+
+// applyBounded is apply for a command that may read more than it is allowed to.
+func (w *writer) applyBounded(c command) (Result, error) {
+	result, err := w.apply(c)
+	switch {
+	case errors.Is(err, errAllowance):
+		return Result{Err: ErrReadsTooMuch}, nil
+	case err == nil && w.dropped:
+		return Result{Err: ErrAnswerDropped}, nil
+	}
+	return result, err
+}
+
+// goOn decides on an error of a read. A transaction that has changed something must go on when it has used up its
+// allowance; only its answer is lost.
+func (w *writer) goOn(err error) error {
+	if w.changes > 0 && errors.Is(err, errAllowance) {
+		w.dropped = true
+		return nil
+	}
+	return err
+}
+
+// unmetered is for reads on which the change itself depends.
+func (w *writer) unmetered() *view {
+	v := w.view
+	v.meter = nil
+	return &v
 }
 
 // apply returns the result of a command, or an error if the state is not as it must be.
@@ -104,8 +135,11 @@ func (w *writer) execute(ctx context.Context, b branch) (*pb.TxnResponse, error)
 		answer := &pb.ResponseOp{}
 		switch t := op.GetRequest().(type) {
 		case *pb.RequestOp_RequestRange:
+			if w.dropped {
+				break
+			}
 			r, err := w.rangeKeys(ctx, t.RequestRange, true)
-			if err != nil {
+			if err := w.goOn(err); err != nil {
 				return nil, err
 			}
 			answer = rangeOp(r)
@@ -190,9 +224,13 @@ func (w *writer) previous(p *putCommand) (*mvccpb.KeyValue, error) {
 	if err != nil || len(hits) == 0 {
 		return nil, err
 	}
-	kvs, err := w.fetch(ctx, hits)
+	v := &w.view
+	if p.ignoreValue || p.ignoreLease {
+		v = w.unmetered()
+	}
+	kvs, err := v.fetch(ctx, hits)
 	if err != nil {
-		return nil, err
+		return nil, w.goOn(err)
 	}
 	if p.ignoreValue {
 		p.value = kvs[0].Value
@@ -202,6 +240,11 @@ func (w *writer) previous(p *putCommand) (*mvccpb.KeyValue, error) {
 	}
 	if !p.prevKV {
 		return nil, nil
+	}
+	if v.meter == nil {
+		if err := w.take(kvBytes + len(kvs[0].Key) + len(kvs[0].Value)); err != nil {
+			return nil, w.goOn(err)
+		}
 	}
 	return kvs[0], nil
 }
@@ -226,13 +269,14 @@ func (w *writer) put(p putCommand) {
 // deleteRange deletes what the writer sees of a range. Many keys are deleted in steps, between which readers run.
 func (w *writer) deleteRange(r *pb.DeleteRangeRequest) (*pb.DeleteRangeResponse, error) {
 	ctx := context.Background()
-	hits, total, err := w.collect(ctx, mvcc.NewSpan(r.GetKey(), r.GetRangeEnd()), w.revision, 0, true)
+	hits, total, err := w.unmetered().collect(ctx, mvcc.NewSpan(r.GetKey(), r.GetRangeEnd()), w.revision, 0, true)
 	if err != nil {
 		return nil, err
 	}
 	resp := &pb.DeleteRangeResponse{Header: &pb.ResponseHeader{}, Deleted: total}
 	if r.GetPrevKv() {
-		if resp.PrevKvs, err = w.fetch(ctx, hits); err != nil {
+		resp.PrevKvs, err = w.fetch(ctx, hits)
+		if err := w.goOn(err); err != nil {
 			return nil, err
 		}
 	}
