@@ -12,7 +12,8 @@ import (
 	"kvd/fsm"
 )
 
-// refusals are the definite answers of the state machine: nothing changed.
+// refusals are the definite answers of the state machine: nothing changed,
+// except after fsm.ErrAnswerDropped.
 // Their kinds are part of the node-to-node protocol; never renumber them.
 var refusals = []struct {
 	kind byte
@@ -23,6 +24,8 @@ var refusals = []struct {
 	{2, fsm.ErrFutureRevision, rpctypes.ErrGRPCFutureRev},
 	{3, fsm.ErrKeyNotFound, rpctypes.ErrGRPCKeyNotFound},
 	{4, fsm.ErrLeaseNotFound, rpctypes.ErrGRPCLeaseNotFound},
+	{5, fsm.ErrReadsTooMuch, kvdError(codes.ResourceExhausted, ReasonTooMuchRead, "the request reads too much at once: read less, or outside of a transaction that writes")},
+	{6, fsm.ErrAnswerDropped, kvdError(codes.ResourceExhausted, ReasonAnswerDropped, "the transaction was executed, but reads too much to be answered: read less in it")},
 }
 
 // refusal is the client's answer for an error of the state machine.
@@ -73,6 +76,11 @@ const (
 	ReasonInternal = "INTERNAL"
 	// ReasonOtherLeader: another member than the one asked for was elected.
 	ReasonOtherLeader = "OTHER_LEADER"
+	// ReasonTooMuchRead: the request reads more than one may; nothing changed.
+	ReasonTooMuchRead = "TOO_MUCH_READ"
+	// ReasonAnswerDropped: the transaction was executed, but its answer would
+	// have been larger than one may be.
+	ReasonAnswerDropped = "ANSWER_DROPPED"
 	// ReasonBusy: this node does as much of it as it is allowed to.
 	ReasonBusy = "BUSY"
 )
