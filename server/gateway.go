@@ -1,12 +1,17 @@
 package server
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"math"
 	"net"
 	"net/http"
+	"os"
 	"sync"
+	"time"
 
 	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
 	"go.etcd.io/etcd/api/v3/etcdserverpb/gw"
@@ -33,7 +38,7 @@ func newGateway(server *grpc.Server, maxRequestBytes int) (*gateway, error) {
 	conn, err := grpc.NewClient("passthrough:///gateway",
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32), grpc.MaxCallSendMsgSize(math.MaxInt32)))
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(gatewayAnswerBytes), grpc.MaxCallSendMsgSize(math.MaxInt32)))
 	if err != nil {
 		return nil, fmt.Errorf("server: gateway: %w", err)
 	}
@@ -54,7 +59,7 @@ func newGateway(server *grpc.Server, maxRequestBytes int) (*gateway, error) {
 	}
 	// Keys and values are in base64; leave room for that.
 	limit := int64(2 * (maxRequestBytes + overheadBytes))
-	g := &gateway{server: server, conn: conn, handler: http.MaxBytesHandler(mux, limit)}
+	g := &gateway{server: server, conn: conn, handler: patient(mux, limit, bodyTimeout)}
 	g.serving.Go(func() { _ = server.Serve(listener) })
 	return g, nil
 }
@@ -64,3 +69,71 @@ func (g *gateway) close(ctx context.Context) {
 	stopGRPC(ctx, g.server)
 	g.serving.Wait()
 }
+
+const (
+	maxGatewayRequests = 256              // being read or answered; more wait
+	gatewayAnswerBytes = 64 << 20         // of one answer, before it becomes JSON
+	bodyTimeout        = 10 * time.Second // for a request's body to arrive
+	writeTimeout       = 30 * time.Second // for the client to take what is written at once
+)
+
+// patient bounds the time and the memory that slow clients of h take: their
+// requests are read as a whole before they are served, their answers must move.
+func patient(h http.Handler, maxBodyBytes int64, timeout time.Duration) http.Handler {
+	slots := make(chan struct{}, maxGatewayRequests)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case slots <- struct{}{}:
+			defer func() { <-slots }()
+		case <-r.Context().Done():
+			return
+		}
+		control := http.NewResponseController(w)
+		if err := control.SetReadDeadline(time.Now().Add(timeout)); err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBodyBytes))
+		if err != nil {
+			refuseBody(w, err, timeout)
+			return
+		}
+		if err := control.SetReadDeadline(time.Time{}); err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		r.Body = io.NopCloser(bytes.NewReader(body))
+		defer func() { _ = control.SetWriteDeadline(time.Time{}) }() // the connection may serve others
+		h.ServeHTTP(&movingWriter{w, control}, r)
+	})
+}
+
+func refuseBody(w http.ResponseWriter, err error, timeout time.Duration) {
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooLarge):
+		http.Error(w, fmt.Sprintf("the request's body has more than %d bytes", tooLarge.Limit), http.StatusRequestEntityTooLarge)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		http.Error(w, fmt.Sprintf("the request's body did not arrive within %v", timeout), http.StatusRequestTimeout)
+	default:
+		http.Error(w, err.Error(), http.StatusBadRequest)
+	}
+}
+
+// movingWriter fails when the client does not take what is written.
+type movingWriter struct {
+	http.ResponseWriter
+	control *http.ResponseController
+}
+
+func (w *movingWriter) Write(b []byte) (int, error) {
+	if err := w.control.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+		return 0, err
+	}
+	return w.ResponseWriter.Write(b)
+}
+
+func (w *movingWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// Flush is what streamed answers need.
+func (w *movingWriter) Flush() { _ = w.control.Flush() }

@@ -27,6 +27,8 @@ func (s *Server) newGRPC(conf *tls.Config) *grpc.Server {
 		grpc.MaxConcurrentStreams(s.cfg.MaxConcurrentStreams),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveMinTime}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveInterval, Timeout: keepaliveTimeout}),
+		grpc.ConnectionTimeout(connectTimeout),
+		grpc.InTapHandle(s.receipts.begin),
 		grpc.ChainUnaryInterceptor(s.metrics.grpc.UnaryServerInterceptor(), s.interceptUnary),
 		grpc.ChainStreamInterceptor(s.metrics.grpc.StreamServerInterceptor(), s.interceptStream),
 	}
@@ -47,6 +49,7 @@ func (s *Server) newGRPC(conf *tls.Config) *grpc.Server {
 
 // interceptUnary is innermost, so that the metrics see its answers too.
 func (s *Server) interceptUnary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (response any, err error) {
+	s.receipts.end(ctx)
 	defer func() {
 		if p := recover(); p != nil {
 			response, err = nil, s.recovered(info.FullMethod, p)
@@ -67,7 +70,7 @@ func (s *Server) interceptStream(server any, stream grpc.ServerStream, info *grp
 	if err := s.admit(stream.Context()); err != nil {
 		return err
 	}
-	return handle(server, stream)
+	return handle(server, &receivingStream{ServerStream: stream, receipts: s.receipts})
 }
 
 // recovered keeps a request from ending the process (I8).

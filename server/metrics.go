@@ -11,10 +11,10 @@ type metrics struct {
 	registerer prometheus.Registerer
 	collectors []prometheus.Collector
 
-	grpc                                   *grpcprom.ServerMetrics
-	forwardedWrites, readRounds, retries   prometheus.Counter
-	serializable, shed, unknown, panics    prometheus.Counter
-	snapshotBytes, httpHealthy, httpFailed prometheus.Counter
+	grpc                                      *grpcprom.ServerMetrics
+	forwardedWrites, readRounds, retries      prometheus.Counter
+	serializable, shed, unknown, panics, slow prometheus.Counter
+	snapshotBytes, httpHealthy, httpFailed    prometheus.Counter
 }
 
 func newMetrics(registerer prometheus.Registerer) (*metrics, error) {
@@ -30,6 +30,7 @@ func newMetrics(registerer prometheus.Registerer) (*metrics, error) {
 	m.serializable = counter("serializable_reads_total", "Reads answered from the local state, however old.")
 	m.shed = counter("writes_shed_total", "Writes refused because too many were under way.")
 	m.unknown = counter("unknown_outcomes_total", "Writes whose outcome could not be told to the client.")
+	m.slow = counter("slow_requests_total", "Requests given up because their message did not arrive.")
 	m.panics = counter("panics_total", "Requests that ended in a panic.")
 	m.snapshotBytes = counter("snapshot_sent_bytes_total", "Bytes of backups sent to clients.")
 	m.httpHealthy = counter("health_success_total", "Checks at /health that succeeded.")

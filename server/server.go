@@ -113,6 +113,7 @@ const (
 	keepaliveMinTime  = 5 * time.Second // clients may not ping more often
 	keepaliveInterval = 2 * time.Hour
 	keepaliveTimeout  = 20 * time.Second
+	connectTimeout    = 10 * time.Second // to shake hands
 )
 
 func setDefault[T comparable](field *T, value T) {
@@ -161,6 +162,7 @@ type Server struct {
 	maintenance *maintenance
 	members     *members
 	metrics     *metrics
+	receipts    *receipts
 
 	grpc    *grpc.Server // clients over the network
 	gateway *gateway     // the JSON gateway's own way in
@@ -184,6 +186,7 @@ func New(cfg Config) (*Server, error) {
 		return nil, err
 	}
 	s.router = newRouter(&s.cfg, s.metrics)
+	s.receipts = &receipts{router: s.router}
 	s.kv = newKV(s.router)
 	s.maintenance = newMaintenance(s.router)
 	s.members = newMembers(s.router)

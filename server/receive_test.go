@@ -1,0 +1,109 @@
+package server
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+func (r *receipts) count() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.open)
+}
+
+// A request whose message does not arrive holds memory, and must end.
+func TestUnfinishedRequestsEnd(t *testing.T) {
+	n := startNode(t, nil)
+	conn := n.dial(t)
+	var streams []grpc.ClientStream
+	for _, method := range []string{"/etcdserverpb.KV/Put", "/etcdserverpb.KV/RangeStream"} {
+		s, err := conn.NewStream(t.Context(), &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, method)
+		if err != nil {
+			t.Fatal(err)
+		}
+		streams = append(streams, s)
+	}
+	for n.receipts.count() != len(streams) {
+		runtime.Gosched()
+	}
+	if !n.receipts.sweep(time.Now().Add(receiveTimeout - time.Minute)) {
+		t.Fatal("given up too early")
+	}
+	if n.receipts.sweep(time.Now().Add(receiveTimeout)) {
+		t.Fatal("still waiting")
+	}
+	for _, s := range streams {
+		if err := s.RecvMsg(&pb.PutResponse{}); status.Code(err) != codes.Canceled {
+			t.Fatal(err)
+		}
+	}
+	// One whose message has arrived may take as long as it likes.
+	stream, err := pb.NewMaintenanceClient(conn).Snapshot(t.Context(), &pb.SnapshotRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	if n.receipts.sweep(time.Now().Add(receiveTimeout)) {
+		t.Fatal("a request that has arrived counts as one that has not")
+	}
+	for err == nil {
+		_, err = stream.Recv()
+	}
+	if err != io.EOF {
+		t.Fatal(err)
+	}
+}
+
+// A slow body costs its client the connection.
+func TestSlowBodiesEnd(t *testing.T) {
+	served := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) })
+	web := httptest.NewServer(patient(served, 100, 50*time.Millisecond))
+	defer web.Close()
+	for name, test := range map[string]struct {
+		body string
+		want int
+	}{
+		"whole":   {"0123456789", http.StatusOK},
+		"half":    {"01234", http.StatusRequestTimeout},
+		"chunked": {"", http.StatusRequestTimeout},
+		"large":   {strings.Repeat("x", 101), http.StatusRequestEntityTooLarge},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, err := net.Dial("tcp", web.Listener.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = c.Close() }()
+			length := fmt.Sprintf("Content-Length: %d", max(len(test.body), 10))
+			if test.body == "" {
+				length = "Transfer-Encoding: chunked"
+			}
+			if _, err := fmt.Fprintf(c, "POST / HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n%s", length, test.body); err != nil {
+				t.Fatal(err)
+			}
+			resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = resp.Body.Close() }()
+			if resp.StatusCode != test.want {
+				t.Fatalf("status %d, want %d", resp.StatusCode, test.want)
+			}
+		})
+	}
+}
