@@ -384,3 +384,38 @@ func TestDefragmentAfterAMove(t *testing.T) {
 		t.Error("the value is gone")
 	}
 }
+
+// A snapshot may take the file's place while a defragmentation copies. The copy
+// must not bring the old state back under that name.
+func TestDefragmentLeavesTheNameToASuccessor(t *testing.T) {
+	config := testConfig(tempPath(t))
+	successor := filepath.Join(filepath.Dir(config.Path), "successor.db")
+	next := open(t, testConfig(successor))
+	apply(t, next, put("a", "2"))
+	if err := next.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var s *Store
+	config.faults.copying = func() {
+		s.Moved("")
+		if err := os.Rename(successor, config.Path); err != nil {
+			t.Error(err)
+		}
+	}
+	s = open(t, config)
+	apply(t, s, put("a", "1"))
+	if err := s.Defragment(t.Context()); err == nil {
+		t.Error("the old state has taken its name back")
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	config.faults.copying = nil
+	again := open(t, config)
+	if got := get(t, again, "a"); got != "2" {
+		t.Errorf("a = %q", got)
+	}
+	if err := again.Close(); err != nil {
+		t.Error(err)
+	}
+}
