@@ -27,6 +27,9 @@ func (r *receipts) count() int {
 // A request whose message does not arrive holds memory, and must end.
 func TestUnfinishedRequestsEnd(t *testing.T) {
 	n := startNode(t, nil)
+	if _, err := put(t.Context(), n.Server); err != nil {
+		t.Fatal(err)
+	}
 	conn := n.dial(t)
 	var streams []grpc.ClientStream
 	for _, method := range []string{"/etcdserverpb.KV/Put", "/etcdserverpb.KV/RangeStream"} {
