@@ -26,8 +26,8 @@ type Request struct {
 	Data  []byte
 }
 
-// Result is the outcome of a request. Err is definite: the request changed nothing. Headers of responses carry the
-// revision alone.
+// Result is the outcome of a request. Err is definite: the request changed nothing, except after ErrAnswerDropped.
+// Headers of responses carry the revision alone.
 type Result struct {
 	Response proto.Message
 	Err      error

@@ -257,22 +257,8 @@ func (s *Store) Err() error {
 // AppliedIndex is the index of the last entry that reads see. 0 is none.
 func (s *Store) AppliedIndex() uint64 { return s.applied.load() }
 
-// Applied is AppliedIndex and the term of that entry.
-func (s *Store) Applied() (index, term uint64) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.state.index, s.state.term
-}
-
 // DurableIndex is the index of the last entry that a crash cannot lose.
 func (s *Store) DurableIndex() uint64 { return s.durable.load() }
-
-// Durable is DurableIndex and the term of that entry.
-func (s *Store) Durable() (index, term uint64) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.durableState.index, s.durableState.term
-}
 
 // WaitApplied returns nil once AppliedIndex is at least index. Other errors are ctx's and the store's.
 func (s *Store) WaitApplied(ctx context.Context, index uint64) error {
