@@ -38,6 +38,9 @@ func refusal(err error) error {
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return status.FromContextError(err).Err()
 	}
+	if s, ok := status.FromError(err); ok { // a meter's
+		return s.Err()
+	}
 	return status.Error(codes.Unknown, err.Error())
 }
 

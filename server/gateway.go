@@ -71,8 +71,8 @@ func (g *gateway) close(ctx context.Context) {
 }
 
 const (
-	maxGatewayRequests = 256              // being read or answered; more wait
-	gatewayAnswerBytes = 64 << 20         // of one answer, before it becomes JSON
+	maxGatewayRequests = 64               // being read or answered; more wait
+	gatewayAnswerBytes = 16 << 20         // of one answer, before it becomes JSON
 	bodyTimeout        = 10 * time.Second // for a request's body to arrive
 	writeTimeout       = 30 * time.Second // for the client to take what is written at once
 )

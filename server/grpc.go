@@ -27,6 +27,7 @@ func (s *Server) newGRPC(conf *tls.Config) *grpc.Server {
 		grpc.MaxConcurrentStreams(s.cfg.MaxConcurrentStreams),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveMinTime}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveInterval, Timeout: keepaliveTimeout}),
+		grpc.ForceServerCodecV2(newCodec(&s.router.answers)),
 		grpc.ConnectionTimeout(connectTimeout),
 		grpc.InTapHandle(s.receipts.begin),
 		grpc.ChainUnaryInterceptor(s.metrics.grpc.UnaryServerInterceptor(), s.interceptUnary),

@@ -46,6 +46,8 @@ func (s *kv) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse, 
 		return nil, err
 	}
 	defer release()
+	ctx, answered := s.router.answers.metered(ctx)
+	defer answered()
 	resp, err := state.Range(ctx, fsm.User, r)
 	if err != nil {
 		return nil, refusal(err)
@@ -110,6 +112,8 @@ func (s *kv) readPage(ctx context.Context, page *pb.RangeRequest) (*pb.RangeResp
 		return nil, err
 	}
 	defer release()
+	ctx, answered := s.router.answers.metered(ctx)
+	defer answered()
 	resp, err := state.RangePage(ctx, fsm.User, page)
 	if err != nil {
 		return nil, refusal(err)
@@ -213,6 +217,8 @@ func (s *kv) readTxn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, er
 		return nil, err
 	}
 	defer release()
+	ctx, answered := s.router.answers.metered(ctx)
+	defer answered()
 	resp, err := state.ReadTxn(ctx, fsm.User, r)
 	if err != nil {
 		return nil, refusal(err)

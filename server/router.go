@@ -21,6 +21,7 @@ type router struct {
 	cfg     *Config
 	metrics *metrics
 	pending atomic.Int64 // bytes of writes under way
+	answers answers
 
 	ctx    context.Context // ends when the router closes
 	cancel context.CancelFunc
@@ -47,7 +48,7 @@ var (
 )
 
 func newRouter(cfg *Config, m *metrics) *router {
-	r := &router{cfg: cfg, metrics: m, reads: make(map[uint64]*rounds)}
+	r := &router{cfg: cfg, metrics: m, reads: make(map[uint64]*rounds), answers: answers{max: cfg.MaxAnswerBytes}}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r
 }

@@ -89,6 +89,7 @@ type Config struct {
 	MaxRequestBytes      int           // of one request in the log; 1.5 MiB
 	MaxTxnOps            int           // compares, or operations of one branch; 128
 	MaxPendingBytes      int64         // of writes under way on this node; above it they are shed; 128 MiB
+	MaxAnswerBytes       int64         // of large answers to reads under way on this node; above it they are shed; 1 GiB
 	MaxConcurrentStreams uint32        // requests under way on one connection; 16384
 	MaxSnapshotStreams   int           // backups under way on this node; 4
 
@@ -129,6 +130,7 @@ func (c *Config) setDefaults() {
 	setDefault(&c.MaxRequestBytes, 3<<19)
 	setDefault(&c.MaxTxnOps, 128)
 	setDefault(&c.MaxPendingBytes, 128<<20)
+	setDefault(&c.MaxAnswerBytes, 1<<30)
 	setDefault(&c.MaxConcurrentStreams, 16384)
 	setDefault(&c.MaxSnapshotStreams, 4)
 	if c.Logger == nil {
@@ -148,7 +150,7 @@ func (c *Config) Validate() error {
 		return errors.New("server: Replica, Cluster, Peers and NotDelivered are required")
 	case c.MaxRequestBytes < 0 || c.MaxRequestBytes > 1<<30:
 		return fmt.Errorf("server: request limit of %d bytes is not between 0 and 1 GiB", c.MaxRequestBytes)
-	case c.MaxTxnOps < 0 || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0:
+	case c.MaxTxnOps < 0 || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0 || c.MaxAnswerBytes < 0:
 		return errors.New("server: a limit is negative, or less may be pending than one request has")
 	}
 	return nil
