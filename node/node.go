@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -274,20 +275,11 @@ func (n *Node) awaitReady(ctx context.Context) {
 // introduce connects to every other member once, so that all learn this node's
 // addresses even if raft never makes the two talk, and this node learns theirs.
 func (n *Node) introduce(ctx context.Context) {
+	const least, most = 100 * time.Millisecond, 10 * time.Second
 	met := make(map[string]bool)
-	for {
-		members := n.members()
-		for _, m := range members {
-			if m.Name != n.cfg.Name && !met[m.Name] {
-				attempt, cancel := context.WithTimeout(ctx, pingTimeout)
-				_, err := n.transport.Call(attempt, m.Name, methodPing, nil)
-				cancel()
-				met[m.Name] = err == nil
-			}
-		}
-		pause := time.Second
-		if len(members) > 0 && allMet(members, met, n.cfg.Name) {
-			pause = 10 * time.Second
+	for pause := least; ; pause = min(2*pause, most) {
+		if n.meet(ctx, met) {
+			pause = most
 		}
 		select {
 		case <-time.After(pause):
@@ -297,13 +289,22 @@ func (n *Node) introduce(ctx context.Context) {
 	}
 }
 
-func allMet(members []placement.Member, met map[string]bool, self string) bool {
+// meet calls the members that have not been met and reports whether none is
+// left.
+func (n *Node) meet(ctx context.Context, met map[string]bool) bool {
+	members := n.members()
+	all := len(members) > 0
 	for _, m := range members {
-		if m.Name != self && !met[m.Name] {
-			return false
+		if m.Name == n.cfg.Name || met[m.Name] {
+			continue
 		}
+		attempt, cancel := context.WithTimeout(ctx, pingTimeout)
+		_, err := n.transport.Call(attempt, m.Name, methodPing, nil)
+		cancel()
+		met[m.Name] = err == nil
+		all = all && err == nil
 	}
-	return true
+	return all
 }
 
 // Ready is closed when the node has answered its first linearizable read.
@@ -406,7 +407,11 @@ func (n *Node) listen() (*listeners, error) {
 			return
 		}
 		if *to, err = listen(addr); err != nil {
-			err = fmt.Errorf("%s %s: %w: is another process using the port?", flag, addr, err)
+			advice := "is it an address of this machine?"
+			if errors.Is(err, syscall.EADDRINUSE) {
+				advice = "another process is using the port: stop it, or choose another"
+			}
+			err = fmt.Errorf("%s %s: %w: %s", flag, addr, err, advice)
 		}
 	}
 	tcp := func(addr string) (net.Listener, error) { return net.Listen("tcp", addr) }

@@ -112,7 +112,10 @@ func (h *host) config() node.Config {
 		// Small, so that an hour sees many truncations and snapshots.
 		SnapshotEntries: 200, TrailingEntries: 50,
 		MinDiskFree: 1,
-		Network:     hostNetwork{h.w.network, h.w.network.Dialer(address(h.name))},
+		// A leader that is slow to give up meets followers that are quick to
+		// elect another.
+		HeartbeatTimeout: time.Duration(1+slices.Index(h.w.names, h.name)) * time.Second,
+		Network:          hostNetwork{h.w.network, h.w.network.Dialer(address(h.name))},
 		OpenLog: func(_ string, group uint64, guard func() uint64) (shard.LogStore, error) {
 			return h.disk.log(group, guard), nil
 		},
@@ -137,12 +140,6 @@ func (h *host) crash() {
 	<-l.done
 }
 
-func (h *host) up() bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.running != nil
-}
-
 func (h *host) node() *node.Node {
 	h.mu.Lock()
 	l := h.running
@@ -153,6 +150,21 @@ func (h *host) node() *node.Node {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.node
+}
+
+// digest of the host's state; index 0 while it has none.
+func (h *host) digest(ctx context.Context) (index, digest uint64, err error) {
+	n := h.node()
+	if n == nil || n.Replica() == nil {
+		return 0, 0, nil
+	}
+	state, release, err := n.Replica().AcquireState(ctx, 0)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer release()
+	index, digest = state.Digest()
+	return index, digest, nil
 }
 
 func (w *world) stop() {
@@ -289,7 +301,10 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-var errNotConverged = errors.New("sim: the nodes did not converge")
+var (
+	errNotConverged = errors.New("sim: the nodes did not converge")
+	errDiverged     = errors.New("sim: replicas differ at the same applied index")
+)
 
 // converge waits until all nodes have applied the same index, and checks that
 // they have the same state (I4).
@@ -297,22 +312,21 @@ func (w *world) converge() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	for pause(ctx, time.Second) {
-		digests := make(map[[2]uint64]bool)
+		digests := make(map[uint64]map[uint64]bool) // by applied index
 		for _, name := range w.names {
-			n := w.hosts[name].node()
-			if n == nil || n.Replica() == nil {
-				digests[[2]uint64{}] = true
-				continue
-			}
-			state, release, err := n.Replica().AcquireState(ctx, 0)
+			index, digest, err := w.hosts[name].digest(ctx)
 			if err != nil {
 				return err
 			}
-			index, digest := state.Digest()
-			release()
-			digests[[2]uint64{index, digest}] = true
+			if digests[index] == nil {
+				digests[index] = make(map[uint64]bool)
+			}
+			digests[index][digest] = true
+			if len(digests[index]) > 1 {
+				return fmt.Errorf("%w %d", errDiverged, index)
+			}
 		}
-		if len(digests) == 1 && !digests[[2]uint64{}] {
+		if len(digests) == 1 && digests[0] == nil {
 			return nil
 		}
 	}
