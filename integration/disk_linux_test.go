@@ -50,7 +50,7 @@ func TestStartOnAFullDisk(t *testing.T) {
 	disk := smallDisk(t, "8m")
 	fill(t, disk, 0)
 	c := cluster.New(t, cluster.Config{Nodes: 1, Dirs: map[string]string{"n1": filepath.Join(disk, "n1")}})
-	refusesToStart(t, c.Node("n1"), filepath.Join(disk, "n1"), "no space left")
+	refusesToStart(t, c.Node("n1"), filepath.Join(disk, "n1"), "no space left", "make room")
 }
 
 // With little space left writes are refused, reads and deletions go on, and with space writes do again.
@@ -111,7 +111,7 @@ func testDiskFills(t *testing.T, lead bool) {
 	if n := c.Node("n1"); !n.Running() {
 		code, err := n.Exit(liveness(t))
 		must(t, err)
-		refused(t, code, n.Log.Life(), "no space left")
+		refused(t, code, n.Log.Life(), "no space left", "make room")
 		before := l.count()
 		eventually(t, "the others go on", func(context.Context) (bool, error) { return l.count() > before+200, nil })
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -107,6 +108,8 @@ func describe(cmd *cobra.Command, err error) string {
 	var hint string
 	switch {
 	case errors.Is(err, errUnreachable), errors.Is(err, errUnhealthy), errors.Is(err, errDataLost):
+	case errors.Is(err, syscall.ENOSPC) && isCommand(cmd, "start"):
+		hint = "make room on the disk and start the node again"
 	case errors.Is(err, rpctypes.ErrCompacted) && isCommand(cmd, "get"):
 		hint = "read at a newer --rev, or without it"
 	case errors.Is(err, rpctypes.ErrFutureRev):
