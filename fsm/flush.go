@@ -162,8 +162,10 @@ func (s *Store) flush() error {
 // write is the one transaction of a flush.
 func (s *Store) write(b flushBatch) (err error) {
 	defer catchCorruption(&err)()
-	if f := s.config.faults.flushFails; f != nil && f() != nil {
-		return f()
+	if f := s.config.faults.flushFails; f != nil {
+		if err := f(); err != nil {
+			return err
+		}
 	}
 	return s.file.Load().db.Update(func(tx *bbolt.Tx) error {
 		for i, rows := range b.rows {
