@@ -2,11 +2,13 @@ package server
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"runtime"
 	"strings"
 	"testing"
@@ -108,5 +110,35 @@ func TestSlowBodiesEnd(t *testing.T) {
 				t.Fatalf("status %d, want %d", resp.StatusCode, test.want)
 			}
 		})
+	}
+}
+
+// Clients may not use up the files that this process may open.
+func TestConnectionsAreBounded(t *testing.T) {
+	n := startNode(t, func(c *Config) { c.MaxConnections = 1 })
+	var conns [2]net.Conn
+	for i := range conns {
+		var err error
+		if conns[i], err = net.Dial("tcp", n.address); err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = conns[i].Close() }()
+		if i == 0 { // its settings come when it is served
+			if _, err := io.ReadFull(conns[i], make([]byte, 9)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := conns[1].SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conns[1].Read(make([]byte, 9)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("a second connection is served: %v", err)
+	}
+	if err := errors.Join(conns[0].Close(), conns[1].SetReadDeadline(time.Time{})); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(conns[1], make([]byte, 9)); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -9,13 +9,16 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"golang.org/x/net/netutil"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -89,8 +92,10 @@ type Config struct {
 	MaxRequestBytes      int           // of one request in the log; 1.5 MiB
 	MaxTxnOps            int           // compares, or operations of one branch; 128
 	MaxPendingBytes      int64         // of writes under way on this node; above it they are shed; 128 MiB
-	MaxAnswerBytes       int64         // of large answers to reads under way on this node; above it they are shed; 1 GiB
+	MaxAnswerBytes       int64         // of large answers to reads under way on this node; above it they are shed; 512 MiB
 	MaxConcurrentStreams uint32        // requests under way on one connection; 16384
+	MaxConnections       int           // of gRPC clients; more wait to be accepted; 8192, or half of the files that may be open
+	MaxHTTPConnections   int           // the same for HTTP; 1024, or an eighth
 	MaxSnapshotStreams   int           // backups under way on this node; 4
 
 	Logger     *slog.Logger
@@ -130,8 +135,10 @@ func (c *Config) setDefaults() {
 	setDefault(&c.MaxRequestBytes, 3<<19)
 	setDefault(&c.MaxTxnOps, 128)
 	setDefault(&c.MaxPendingBytes, 128<<20)
-	setDefault(&c.MaxAnswerBytes, 1<<30)
+	setDefault(&c.MaxAnswerBytes, 512<<20)
 	setDefault(&c.MaxConcurrentStreams, 16384)
+	setDefault(&c.MaxConnections, min(8192, maxOpenFiles()/2))
+	setDefault(&c.MaxHTTPConnections, min(1024, maxOpenFiles()/8))
 	setDefault(&c.MaxSnapshotStreams, 4)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -139,6 +146,16 @@ func (c *Config) setDefaults() {
 	if c.NoSpace == nil {
 		c.NoSpace = func() bool { return false }
 	}
+}
+
+// maxOpenFiles is what the system allows this process. Clients must leave some
+// for the other nodes and for the data.
+func maxOpenFiles() int {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return 1024
+	}
+	return int(min(limit.Cur, math.MaxInt32))
 }
 
 // Validate names the first field that cannot work.
@@ -150,7 +167,7 @@ func (c *Config) Validate() error {
 		return errors.New("server: Replica, Cluster, Peers and NotDelivered are required")
 	case c.MaxRequestBytes < 0 || c.MaxRequestBytes > 1<<30:
 		return fmt.Errorf("server: request limit of %d bytes is not between 0 and 1 GiB", c.MaxRequestBytes)
-	case c.MaxTxnOps < 0 || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0 || c.MaxAnswerBytes < 0:
+	case c.MaxTxnOps < 0 || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0 || c.MaxAnswerBytes < 0 || c.MaxConnections < 1 || c.MaxHTTPConnections < 1:
 		return errors.New("server: a limit is negative, or less may be pending than one request has")
 	}
 	return nil
@@ -212,6 +229,7 @@ func (s *Server) Handlers() map[string]HandlerFunc { return s.router.handlers() 
 
 // StartGRPC serves clients on l, which the Server owns from now on.
 func (s *Server) StartGRPC(l net.Listener) {
+	l = netutil.LimitListener(l, s.cfg.MaxConnections)
 	s.health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)
 	s.ready.Store(true)
 	s.serving.Go(func() {
@@ -224,6 +242,7 @@ func (s *Server) StartGRPC(l net.Listener) {
 // StartHTTP serves the HTTP endpoints on l, which the Server owns from now on.
 // It may start long before StartGRPC, to answer /livez and /metrics.
 func (s *Server) StartHTTP(l net.Listener) {
+	l = netutil.LimitListener(l, s.cfg.MaxHTTPConnections)
 	if s.cfg.TLS != nil {
 		conf := s.cfg.TLS.Clone()
 		conf.NextProtos = []string{"h2", "http/1.1"}
