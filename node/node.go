@@ -169,7 +169,7 @@ func (n *Node) openReplica() error {
 		if err := os.RemoveAll(cfg.Dir); err != nil {
 			return fmt.Errorf("clear %s: %w", cfg.Dir, err)
 		}
-		if err := shard.Create(cfg); err != nil {
+		if err := errors.Join(shard.Create(cfg), syncPath(cfg.Dir, n.cfg.DataDir)); err != nil {
 			return err
 		}
 		if err := n.dir.MarkCreated(group0, string(id)); err != nil {

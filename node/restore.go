@@ -90,12 +90,21 @@ func restoreInto(ctx context.Context, dir string, set bootstrap.Settings, backup
 	if err := log.Close(); err != nil {
 		return meta, err
 	}
-	for _, made := range []string{group, filepath.Dir(group), dir} {
-		if err := syncDir(made); err != nil {
-			return meta, err
-		}
+	if err := syncPath(group, dir); err != nil {
+		return meta, err
 	}
 	return staged.Meta, d.MarkCreated(group0, self.Replica)
+}
+
+// syncPath makes the names from path up to, and in, root durable.
+func syncPath(path, root string) error {
+	root = filepath.Clean(root)
+	for path = filepath.Clean(path); ; {
+		if err := syncDir(path); err != nil || path == root || path == filepath.Dir(path) {
+			return err
+		}
+		path = filepath.Dir(path)
+	}
 }
 
 func syncDir(path string) error {
