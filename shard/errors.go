@@ -21,6 +21,8 @@ var (
 	ErrClosed = errors.New("shard: replica is closed")
 	// ErrLogGap: the log begins after the state's next entry (invariant I9).
 	ErrLogGap = errors.New("shard: log begins after the durable state's next entry")
+	// ErrContradicted: the leader does not have entries that were committed.
+	ErrContradicted = errors.New("shard: committed entries are contradicted")
 	// ErrBusy: another snapshot is being installed, or the replica is starting.
 	ErrBusy = errors.New("shard: no snapshot can be installed now")
 	// ErrNoTarget: no member can take over the leadership.

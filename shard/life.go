@@ -79,7 +79,7 @@ func (r *Replica) startLife(st *state, bootstrap *raft.Configuration) error {
 	if err := r.bootstrap(conf, l, bootstrap); err != nil {
 		return errors.Join(err, transport.Close())
 	}
-	l.raft, err = raft.NewRaft(conf, &machine{l: l}, r.log, r.log, l.snapshots, transport)
+	l.raft, err = raft.NewRaft(conf, &machine{l: l}, settledLog{r.log, l}, r.log, l.snapshots, transport)
 	if err != nil {
 		return errors.Join(fmt.Errorf("shard: open raft: %w", err), transport.Close())
 	}
