@@ -225,7 +225,10 @@ func decodeRequest(t messageType, b []byte) (any, error) {
 	case typeAppendEntries:
 		r := new(raft.AppendEntriesRequest)
 		d.appendEntries(r)
-		return r, d.end()
+		if err := d.end(); err != nil {
+			return nil, err
+		}
+		return r, checkEntries(r.Entries)
 	case typeRequestVote:
 		r := &raft.RequestVoteRequest{RPCHeader: d.header(), Term: d.uint(), Candidate: d.bytes(),
 			LastLogIndex: d.uint(), LastLogTerm: d.uint(), LeadershipTransfer: d.bool()}
@@ -244,7 +247,10 @@ func decodeRequest(t messageType, b []byte) (any, error) {
 		if r.Size < 0 {
 			d.fail()
 		}
-		return r, d.end()
+		if err := d.end(); err != nil {
+			return nil, err
+		}
+		return r, checkConfiguration(r.Configuration)
 	}
 	return nil, fmt.Errorf("%w: unknown raft message type %d", errMalformed, t)
 }
@@ -266,6 +272,53 @@ func (d *decoder) appendEntries(r *raft.AppendEntriesRequest) {
 			Extensions: d.bytes(), AppendedAt: d.time()}
 		r.Entries[i] = &entries[i]
 	}
+}
+
+// maxConfigurationBytes is above what a thousand servers need. It bounds how deep raft's decoder recurses.
+const maxConfigurationBytes = 256 << 10
+
+// checkEntries refuses what raft cannot take: it panics at a configuration that it cannot decode, and
+// would do so again at each start, since the entry is in its log by then.
+func checkEntries(entries []*raft.Log) error {
+	for _, e := range entries {
+		switch e.Type {
+		case raft.LogCommand, raft.LogNoop, raft.LogBarrier:
+		case raft.LogConfiguration:
+			if err := checkConfiguration(e.Data); err != nil {
+				return fmt.Errorf("entry %d: %w", e.Index, err)
+			}
+		default:
+			return fmt.Errorf("%w: entry %d has type %d", errMalformed, e.Index, e.Type)
+		}
+	}
+	return nil
+}
+
+// checkConfiguration refuses an encoded configuration that raft would not have made.
+func checkConfiguration(b []byte) (err error) {
+	if len(b) > maxConfigurationBytes {
+		return fmt.Errorf("%w: configuration of %d bytes", errMalformed, len(b))
+	}
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%w: configuration: %v", errMalformed, p)
+		}
+	}()
+	ids, addresses := map[raft.ServerID]bool{}, map[raft.ServerAddress]bool{}
+	voters := 0
+	for _, s := range raft.DecodeConfiguration(b).Servers {
+		if s.ID == "" || s.Address == "" || ids[s.ID] || addresses[s.Address] || s.Suffrage < raft.Voter || s.Suffrage > raft.Staging {
+			return fmt.Errorf("%w: configuration: server %q at %q, %v", errMalformed, s.ID, s.Address, s.Suffrage)
+		}
+		ids[s.ID], addresses[s.Address] = true, true
+		if s.Suffrage == raft.Voter {
+			voters++
+		}
+	}
+	if voters == 0 {
+		return fmt.Errorf("%w: configuration without a voter", errMalformed)
+	}
+	return nil
 }
 
 func appendResponse(b []byte, response any) []byte {

@@ -23,6 +23,16 @@ func fill(r *rand.Rand, v reflect.Value) {
 		for i := range v.NumField() {
 			fill(r, v.Field(i))
 		}
+		switch m := v.Addr().Interface().(type) { // random bytes are no configuration
+		case *raft.Log:
+			if m.Type = raft.LogType(r.IntN(int(raft.LogConfiguration) + 1)); m.Type == raft.LogConfiguration {
+				m.Data = testConfiguration
+			} else if m.Type != raft.LogCommand && m.Type != raft.LogNoop {
+				m.Type = raft.LogBarrier
+			}
+		case *raft.InstallSnapshotRequest:
+			m.Configuration = testConfiguration
+		}
 	case reflect.Pointer:
 		v.Set(reflect.New(v.Type().Elem()))
 		fill(r, v.Elem())
@@ -44,6 +54,9 @@ func fill(r *rand.Rand, v reflect.Value) {
 		panic("no value for " + v.Type().String())
 	}
 }
+
+var testConfiguration = raft.EncodeConfiguration(raft.Configuration{Servers: []raft.Server{
+	{ID: "a/1", Address: "a/1"}, {ID: "b/1", Address: "b/1", Suffrage: raft.Nonvoter}}})
 
 var requests = []any{&raft.AppendEntriesRequest{}, &raft.RequestVoteRequest{}, &raft.RequestPreVoteRequest{},
 	&raft.TimeoutNowRequest{}, &raft.InstallSnapshotRequest{}}
@@ -67,6 +80,9 @@ func TestMessagesRoundTrip(t *testing.T) {
 		for _, like := range requests {
 			for _, filled := range []bool{false, true} {
 				in := newLike(r, like, filled)
+				if install, ok := in.(*raft.InstallSnapshotRequest); ok {
+					install.Configuration = testConfiguration
+				}
 				out, err := decodeRequest(typeOf(in), appendRequest(nil, in))
 				if err != nil || !reflect.DeepEqual(in, out) {
 					t.Fatalf("%T: %v\n%+v became\n%+v", in, err, in, out)
@@ -118,6 +134,49 @@ func TestCutRequestsAreRefused(t *testing.T) {
 		}
 		if _, err := decodeRequest(typeOf(like), append(b, 0)); !errors.Is(err, errMalformed) {
 			t.Fatalf("%T with a byte too many: %v", like, err)
+		}
+	}
+}
+
+// TestUnsoundEntriesAreRefused: raft would panic at some of these, now and at each start.
+func TestUnsoundEntriesAreRefused(t *testing.T) {
+	encode := func(servers ...raft.Server) []byte {
+		return raft.EncodeConfiguration(raft.Configuration{Servers: servers})
+	}
+	a, b := raft.Server{ID: "a/1", Address: "a/1"}, raft.Server{ID: "b/1", Address: "b/1"}
+	deep := append([]byte("\x81\xa1x"), bytes.Repeat([]byte{0x91}, 32<<20)...)
+	configurations := map[string][]byte{
+		"nothing": nil, "garbage": []byte("garbage"), "cut": testConfiguration[:len(testConfiguration)-1], "deep": deep,
+		"no servers":        encode(),
+		"no voter":          encode(raft.Server{ID: "a/1", Address: "a/1", Suffrage: raft.Nonvoter}),
+		"no id":             encode(a, raft.Server{Address: "b/1"}),
+		"no address":        encode(a, raft.Server{ID: "b/1"}),
+		"one id twice":      encode(a, raft.Server{ID: "a/1", Address: "b/1"}),
+		"one address twice": encode(a, raft.Server{ID: "b/1", Address: "a/1"}),
+		"suffrage":          encode(a, raft.Server{ID: "b/1", Address: "b/1", Suffrage: 3}),
+		"negative suffrage": encode(a, raft.Server{ID: "b/1", Address: "b/1", Suffrage: -1}),
+	}
+	refused := func(name string, request any) {
+		if _, err := decodeRequest(typeOf(request), appendRequest(nil, request)); !errors.Is(err, errMalformed) {
+			t.Errorf("%s in %T: %v", name, request, err)
+		}
+	}
+	entry := func(of raft.LogType, data []byte) *raft.AppendEntriesRequest {
+		return &raft.AppendEntriesRequest{Entries: []*raft.Log{{Index: 1}, {Index: 2, Type: of, Data: data}}}
+	}
+	for name, data := range configurations {
+		refused(name, entry(raft.LogConfiguration, data))
+		refused(name, &raft.InstallSnapshotRequest{SnapshotVersion: 1, Configuration: data})
+	}
+	for of := range 256 {
+		request := entry(raft.LogType(of), encode(a, b))
+		switch raft.LogType(of) {
+		case raft.LogCommand, raft.LogNoop, raft.LogBarrier, raft.LogConfiguration:
+			if _, err := decodeRequest(typeAppendEntries, appendRequest(nil, request)); err != nil {
+				t.Errorf("type %d: %v", of, err)
+			}
+		default:
+			refused("type", request)
 		}
 	}
 }

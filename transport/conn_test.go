@@ -29,14 +29,16 @@ func TestMalformedFrameClosesWithReason(t *testing.T) {
 		bytes  []byte
 		reason string
 	}{
-		"checksum":            {badCRC, "malformed frame: checksum"},
-		"length":              {tooLong, "malformed frame: length"},
-		"unknown kind":        {appendFrame(nil, 200, 1, nil), "malformed frame: kind 200"},
-		"hello again":         {appendFrame(nil, kindHello, 1, nil), "malformed frame: kind 1"},
-		"stream data":         {appendFrame(nil, kindStreamData, 1, nil), "malformed frame: kind"},
-		"call":                {appendFrame(nil, kindCall, 1, nil), "malformed frame: call"},
-		"raft envelope":       {appendFrame(nil, kindRaftRequest, 1, []byte{1}), "malformed frame: raft message"},
-		"raft message":        {raftMessage(typeAppendEntries, []byte{1}), "malformed frame: message ends"},
+		"checksum":      {badCRC, "malformed frame: checksum"},
+		"length":        {tooLong, "malformed frame: length"},
+		"unknown kind":  {appendFrame(nil, 200, 1, nil), "malformed frame: kind 200"},
+		"hello again":   {appendFrame(nil, kindHello, 1, nil), "malformed frame: kind 1"},
+		"stream data":   {appendFrame(nil, kindStreamData, 1, nil), "malformed frame: kind"},
+		"call":          {appendFrame(nil, kindCall, 1, nil), "malformed frame: call"},
+		"raft envelope": {appendFrame(nil, kindRaftRequest, 1, []byte{1}), "malformed frame: raft message"},
+		"raft message":  {raftMessage(typeAppendEntries, []byte{1}), "malformed frame: message ends"},
+		"configuration": {raftMessage(typeAppendEntries, appendRequest(nil, &raft.AppendEntriesRequest{
+			Entries: []*raft.Log{{Index: 7, Type: raft.LogConfiguration, Data: []byte("garbage")}}})), "entry 7: malformed frame: configuration: failed to decode"},
 		"raft type":           {raftMessage(77, nil), "malformed frame: unknown raft message type"},
 		"snapshot without it": {raftMessage(typeInstallSnapshot, nil), "malformed frame: raft message"},
 	} {

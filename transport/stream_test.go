@@ -26,7 +26,7 @@ func installPair(t *testing.T, net *testNet, install InstallFunc) (ga, gb *Group
 
 func installRequest(size int) *raft.InstallSnapshotRequest {
 	return &raft.InstallSnapshotRequest{RPCHeader: raft.RPCHeader{ID: []byte("a/1"), Addr: []byte("a/1")}, Term: 3,
-		LastLogIndex: 100, LastLogTerm: 2, Configuration: []byte("conf"), ConfigurationIndex: 9, Size: int64(size)}
+		LastLogIndex: 100, LastLogTerm: 2, Configuration: testConfiguration, ConfigurationIndex: 9, Size: int64(size)}
 }
 
 var installed = &raft.InstallSnapshotResponse{Term: 3, Success: true}
@@ -55,7 +55,7 @@ func TestSnapshotArrives(t *testing.T) {
 			data := randomBytes(r, size)
 			var got []byte
 			ga, gb := installPair(t, net, func(_ context.Context, req *raft.InstallSnapshotRequest, data io.Reader) (*raft.InstallSnapshotResponse, error) {
-				if req.LastLogIndex != 100 || string(req.Configuration) != "conf" || string(req.Addr) != "a/1" || req.Size != int64(size) {
+				if req.LastLogIndex != 100 || !bytes.Equal(req.Configuration, testConfiguration) || string(req.Addr) != "a/1" || req.Size != int64(size) {
 					t.Errorf("request %+v", req)
 				}
 				var err error
