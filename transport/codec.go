@@ -274,9 +274,6 @@ func (d *decoder) appendEntries(r *raft.AppendEntriesRequest) {
 	}
 }
 
-// maxConfigurationBytes is above what a thousand servers need. It bounds how deep raft's decoder recurses.
-const maxConfigurationBytes = 256 << 10
-
 // checkEntries refuses what raft cannot take: it panics at a configuration that it cannot decode, and
 // would do so again at each start, since the entry is in its log by then.
 func checkEntries(entries []*raft.Log) error {
@@ -296,9 +293,6 @@ func checkEntries(entries []*raft.Log) error {
 
 // checkConfiguration refuses an encoded configuration that raft would not have made.
 func checkConfiguration(b []byte) (err error) {
-	if len(b) > maxConfigurationBytes {
-		return fmt.Errorf("%w: configuration of %d bytes", errMalformed, len(b))
-	}
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("%w: configuration: %v", errMalformed, p)

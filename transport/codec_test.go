@@ -144,7 +144,7 @@ func TestUnsoundEntriesAreRefused(t *testing.T) {
 		return raft.EncodeConfiguration(raft.Configuration{Servers: servers})
 	}
 	a, b := raft.Server{ID: "a/1", Address: "a/1"}, raft.Server{ID: "b/1", Address: "b/1"}
-	deep := append([]byte("\x81\xa1x"), bytes.Repeat([]byte{0x91}, 32<<20)...)
+	deep := append([]byte("\x81\xa1x"), bytes.Repeat([]byte{0x91}, 1<<20)...)
 	configurations := map[string][]byte{
 		"nothing": nil, "garbage": []byte("garbage"), "cut": testConfiguration[:len(testConfiguration)-1], "deep": deep,
 		"no servers":        encode(),

@@ -345,3 +345,94 @@ func TestOneWriteTakesWhatIsQueued(t *testing.T) {
 		t.Errorf("%d writes for 1000 small messages", len(lines))
 	}
 }
+
+// TestUnfinishedMessagesAreBounded: together, not only each; and what they took is given back.
+func TestUnfinishedMessagesAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := newTestNet(t, true)
+		const limit = 8 << 20
+		b := net.start("b", func(c *Config) { c.MaxMessageBytes, c.MaxPartialBytes = limit, limit })
+		b.Handle("echo", echo)
+		body := append(appendUint(appendString(nil, "echo"), 0), make([]byte, 3<<20)...)
+		fragments := func(w *wire, from, to int) (err error) {
+			for off := from; off < to && err == nil; off += fragmentBytes {
+				flags, end := uint8(0), min(off+fragmentBytes, len(body))
+				if off == 0 {
+					flags |= flagFirst
+				}
+				if end == len(body) {
+					flags |= flagLast
+				}
+				_, err = w.Write(appendFragment(nil, kindCall, flags, 1, len(body), body[off:end]))
+			}
+			synctest.Wait()
+			return err
+		}
+		half := len(body) / 2
+		var open []*wire
+		for i := range 3 {
+			w := net.dialAs(t, fmt.Sprintf("a%d", i), "b", purposePeer)
+			open = append(open, w)
+			_ = fragments(w, 0, half)
+		}
+		if !strings.Contains(net.logs.String(), `reason="`+errPartialBytes.Error()) {
+			t.Error("nothing was closed for it")
+		}
+		if used := b.partial.used.Load(); used == 0 || used > limit {
+			t.Errorf("%d bytes are on the books", used)
+		}
+		small := net.dialAs(t, "small", "b", purposePeer)
+		if _, err := small.Write(appendFrame(nil, kindCall, 9, appendUint(appendString(nil, "echo"), 0))); err != nil {
+			t.Error(err)
+		}
+		if m, err := small.frames.next(); err != nil || m.id != 9 {
+			t.Errorf("a small call beside it: %v", err)
+		}
+		// The first ends its message, with others between its fragments; the second breaks off.
+		between := append(appendUint(appendString(nil, "echo"), 0), make([]byte, 1<<20)...)
+		for id := range uint64(4) {
+			if _, err := open[0].Write(appendFrame(nil, kindCall, 2+id, between)); err != nil {
+				t.Error(err)
+			}
+			if m, err := open[0].frames.next(); err != nil || m.id != 2+id {
+				t.Errorf("answer %d instead of %d: %v", m.id, 2+id, err)
+			}
+		}
+		done := (half + fragmentBytes - 1) / fragmentBytes * fragmentBytes
+		if err := fragments(open[0], done, len(body)); err != nil {
+			t.Error(err)
+		}
+		if m, err := open[0].frames.next(); err != nil || m.id != 1 {
+			t.Errorf("answer %d instead of 1: %v", m.id, err)
+		}
+		_ = open[1].Close()
+		synctest.Wait()
+		if used := b.partial.used.Load(); used != 0 {
+			t.Errorf("%d bytes stay on the books", used)
+		}
+	})
+}
+
+// TestMalformedMessageReturnsItsBytes: also when the message before it is what was unfinished.
+func TestMalformedMessageReturnsItsBytes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := newTestNet(t, true)
+		b := net.start("b", nil)
+		w := net.dialAs(t, "a", "b", purposePeer)
+		_, err := w.Write(appendFragment(nil, kindCall, flagFirst, 1, 2<<20, make([]byte, 1<<20)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if b.partial.used.Load() == 0 {
+			t.Error("nothing is on the books")
+		}
+		if _, err := w.Write(appendFrame(nil, kindHello, 2, nil)); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if used := b.partial.used.Load(); used != 0 {
+			t.Errorf("%d bytes stay on the books", used)
+		}
+	})
+}

@@ -3,9 +3,11 @@ package transport
 import (
 	"bufio"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
+	"sync/atomic"
 )
 
 // A frame on the wire, integers little endian:
@@ -92,6 +94,51 @@ type frameReader struct {
 
 	partial *message // the fragmented message under way
 	total   int      // its length
+	budget  *budget  // for messages under way that are longer than a fragment; nil = unbounded
+	held    int      // taken from it
+}
+
+// budget bounds what messages that have not arrived whole take in sum.
+type budget struct {
+	max  int64
+	used atomic.Int64
+}
+
+var errPartialBytes = errors.New("too many bytes of unfinished messages from all peers")
+
+func (r *frameReader) take(n int) error {
+	if r.budget == nil || n == 0 {
+		return nil
+	}
+	if used := r.budget.used.Add(int64(n)); used > r.budget.max {
+		r.budget.used.Add(-int64(n))
+		return fmt.Errorf("%w: %d would be over %d", errPartialBytes, used, r.budget.max)
+	}
+	r.held += n
+	return nil
+}
+
+// give returns n bytes to the budget.
+func (r *frameReader) give(n int) {
+	if r.budget != nil && n > 0 {
+		r.budget.used.Add(-int64(n))
+		r.held -= n
+	}
+}
+
+// drop forgets the message under way, and must be called in the end. Nothing can be read after it.
+func (r *frameReader) drop() {
+	r.partial = nil
+	r.give(r.held)
+}
+
+// budgeted is how much of a buffer counts: small ones are bounded by the number of connections, and stay
+// possible when the budget is used up.
+func budgeted(size int) int {
+	if size <= fragmentBytes+8 {
+		return 0
+	}
+	return size
 }
 
 func newFrameReader(r io.Reader, limit int) *frameReader {
@@ -103,9 +150,17 @@ func newFrameReader(r io.Reader, limit int) *frameReader {
 func (r *frameReader) next() (message, error) {
 	for {
 		m, whole, err := r.frame()
-		if err != nil || whole {
-			return m, err
+		if err == nil && !whole {
+			continue
 		}
+		switch {
+		case err != nil:
+		case r.partial == nil:
+			r.give(r.held)
+		default: // m came between two fragments
+			r.give(budgeted(cap(m.payload)))
+		}
+		return m, err
 	}
 }
 
@@ -188,7 +243,11 @@ func (r *frameReader) body(dst []byte, n, total int) ([]byte, error) {
 		step := min(n, fragmentBytes+8)
 		have := len(dst)
 		if cap(dst)-have < step {
-			bigger := make([]byte, have, max(have+step, min(4*have, total)))
+			size := max(have+step, min(4*have, total))
+			if err := r.take(budgeted(size) - budgeted(cap(dst))); err != nil {
+				return nil, err
+			}
+			bigger := make([]byte, have, size)
 			copy(bigger, dst)
 			dst = bigger
 		}

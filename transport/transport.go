@@ -36,6 +36,7 @@ type Config struct {
 	Registerer prometheus.Registerer // nil = metrics are not registered
 
 	MaxMessageBytes    int           // longest message in either direction (128 MiB)
+	MaxPartialBytes    int           // of long messages that peers have not sent to the end, in sum; a connection that exceeds it is closed (512 MiB)
 	MaxAppendBytes     int           // of entries in one AppendEntries, which has at least one; more are left for the next (16 MiB)
 	QueueBytes         int           // a peer's send queue takes no more messages beyond this (32 MiB)
 	InboxBytes         int           // the same for a group's raft messages that wait for its main loop (32 MiB)
@@ -62,6 +63,7 @@ func (c *Config) setDefaults() {
 		c.OnPeer = func(Peer) {}
 	}
 	setDefault(&c.MaxMessageBytes, 128<<20)
+	setDefault(&c.MaxPartialBytes, max(512<<20, c.MaxMessageBytes))
 	setDefault(&c.MaxAppendBytes, min(16<<20, c.MaxMessageBytes))
 	setDefault(&c.QueueBytes, 32<<20)
 	setDefault(&c.InboxBytes, 32<<20)
@@ -109,6 +111,7 @@ func (c *Config) Validate() error {
 	need(d.RetryMax >= d.RetryMin, "RetryMax must not be below RetryMin")
 	need(d.SilenceTimeout > d.PingAfter, "SilenceTimeout must be above PingAfter")
 	need(d.MaxAppendBytes <= d.MaxMessageBytes, "MaxAppendBytes must not be above MaxMessageBytes")
+	need(d.MaxPartialBytes >= d.MaxMessageBytes, "MaxPartialBytes must not be below MaxMessageBytes")
 	need(d.MaxMessageBytes >= 1<<12, "MaxMessageBytes must be at least 4 KiB")
 	return errors.Join(errs...)
 }
@@ -127,6 +130,7 @@ type Transport struct {
 	faults  faults
 	running atomic.Int64 // call handlers
 	payload atomic.Int64 // bytes that they were given
+	partial budget       // of all accepted connections
 	pending sync.Pool    // of *pending; not shared between transports, as its channels belong to a bubble
 
 	mu       sync.RWMutex
@@ -173,6 +177,7 @@ func newTransport(cfg Config) (*Transport, error) {
 		calls: map[string]Handler{}, asks: map[string]Handler{},
 		groups: map[replicaKey]*Group{}, installs: map[replicaKey]struct{}{}}
 	t.pending.New = func() any { return &pending{answer: make(chan answer, 1)} }
+	t.partial.max = int64(cfg.MaxPartialBytes)
 	t.ctx, t.cancel = context.WithCancel(context.Background())
 	var err error
 	if t.metrics, err = newMetrics(t); err != nil {
@@ -278,6 +283,8 @@ func (t *Transport) admit(nc net.Conn) {
 // serve shakes hands on an accepted connection and serves it until it ends.
 func (t *Transport) serve(nc net.Conn) {
 	w := newWire(nc, t.cfg.MaxMessageBytes)
+	w.frames.budget = &t.partial
+	defer w.frames.drop()
 	ctx, cancel := context.WithTimeout(t.ctx, 2*t.cfg.DialTimeout)
 	stop := interruptible(ctx, nc)
 	h, err := t.welcome(w)
