@@ -96,6 +96,7 @@ func TestTooManyConnectionsAreRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		net := newTestNet(t, true)
 		net.start("b", func(c *Config) { c.MaxInbound = 2 })
+		net.addrs["a1"], net.addrs["a2"] = "a1", "a2"
 		first := net.dialAs(t, "a1", "b", purposePeer)
 		net.dialAs(t, "a2", "b", purposePeer)
 		c, err := net.memory.Dial(t.Context(), "a3", "b")
@@ -108,6 +109,97 @@ func TestTooManyConnectionsAreRefused(t *testing.T) {
 		_ = first.Close()
 		synctest.Wait()
 		net.dialAs(t, "a3", "b", purposePeer)
+	})
+}
+
+// ended reports whether the other end of a connection has been closed; if not, it is silent.
+func ended(w *wire) bool {
+	_ = w.SetReadDeadline(time.Now().Add(time.Millisecond))
+	_, err := io.Copy(io.Discard, w)
+	return err == nil
+}
+
+// TestStrangersMakeRoom: the oldest of them, for others of their host, and for anybody when all is full.
+func TestStrangersMakeRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := newTestNet(t, true)
+		b := net.start("b", func(c *Config) { c.MaxInbound = 100 })
+		b.Handle("echo", echo)
+		a := net.start("a", nil)
+		call := func(what string) {
+			t.Helper()
+			if _, err := a.Call(t.Context(), "b", "echo", nil); err != nil {
+				t.Errorf("a call %s: %v", what, err)
+			}
+		}
+		call("before")
+		begin := time.Now()
+		var first *wire
+		for i := range 2 * maxGuests {
+			// An Ask needs no common cluster.
+			w := net.dialAs(t, "stranger", "b", purposeAsk)
+			if i == 0 {
+				first = w
+			}
+		}
+		synctest.Wait()
+		if !ended(first) {
+			t.Error("the oldest stranger keeps its place")
+		}
+		if n := len(b.door.visitors); n != maxGuests+1 {
+			t.Errorf("%d connections are open", n)
+		}
+		for i := range 100 {
+			c, err := net.memory.Dial(t.Context(), fmt.Sprintf("host%d", i), "b")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = c.Close() }()
+		}
+		synctest.Wait()
+		if n := len(b.door.visitors); n != 100 {
+			t.Errorf("%d connections are open", n)
+		}
+		call("among strangers")
+		net.start("c", nil)
+		late := net.dialAs(t, "c", "b", purposePeer)
+		synctest.Wait()
+		if ended(late) {
+			t.Error("a node found no room")
+		}
+		if n := strings.Count(net.logs.String(), "connected to peer"); n != 1 || time.Since(begin) > time.Second {
+			t.Errorf("connected %d times, after %v", n, time.Since(begin))
+		}
+	})
+}
+
+// TestOneNodesConnectionsAreBounded: the newest are those that it uses.
+func TestOneNodesConnectionsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := newTestNet(t, true)
+		b := net.start("b", nil)
+		net.addrs["a"], net.addrs["c"] = "a", "c"
+		other := net.dialAs(t, "c", "b", purposePeer)
+		var open []*wire
+		for range maxPerNode + 2 {
+			open = append(open, net.dialAs(t, "a", "b", purposePeer))
+		}
+		synctest.Wait()
+		for i, w := range open {
+			if gone := ended(w); gone != (i < 2) {
+				t.Errorf("connection %d: closed is %v", i, gone)
+			}
+		}
+		if ended(other) {
+			t.Error("another node's connection was closed")
+		}
+		for _, w := range append(open, other) {
+			_ = w.Close()
+		}
+		synctest.Wait()
+		if n := len(b.door.visitors); n != 0 {
+			t.Errorf("%d connections are on the books", n)
+		}
 	})
 }
 

@@ -42,7 +42,7 @@ type Config struct {
 	InboxBytes         int           // the same for a group's raft messages that wait for its main loop (32 MiB)
 	MaxConcurrentCalls int           // handlers of calls running at a time; more are answered ErrBusy (4096)
 	MaxCallBytes       int           // payload that these handlers have in sum; more is answered ErrBusy (256 MiB)
-	MaxInbound         int           // connections accepted at a time (512)
+	MaxInbound         int           // connections accepted at a time; strangers make room for newcomers (512)
 	PipelineWindow     int           // AppendEntries in flight in a pipeline (2)
 	DialTimeout        time.Duration // to connect and shake hands (1 s)
 	RetryMin, RetryMax time.Duration // pause after failed attempts, doubling (50 ms to 1 s)
@@ -131,14 +131,14 @@ type Transport struct {
 	running atomic.Int64 // call handlers
 	payload atomic.Int64 // bytes that they were given
 	partial budget       // of all accepted connections
-	pending sync.Pool    // of *pending; not shared between transports, as its channels belong to a bubble
+	door    door
+	pending sync.Pool // of *pending; not shared between transports, as its channels belong to a bubble
 
 	mu       sync.RWMutex
 	closed   bool
 	tasks    sync.WaitGroup // every goroutine of the Transport but those of its Groups
 	links    map[string]*link
 	conns    map[*conn]struct{}
-	inbound  int // accepted connections
 	calls    map[string]Handler
 	asks     map[string]Handler
 	groups   map[replicaKey]*Group
@@ -177,6 +177,7 @@ func newTransport(cfg Config) (*Transport, error) {
 		calls: map[string]Handler{}, asks: map[string]Handler{},
 		groups: map[replicaKey]*Group{}, installs: map[replicaKey]struct{}{}}
 	t.pending.New = func() any { return &pending{answer: make(chan answer, 1)} }
+	t.door.max = cfg.MaxInbound
 	t.partial.max = int64(cfg.MaxPartialBytes)
 	t.ctx, t.cancel = context.WithCancel(context.Background())
 	var err error
@@ -252,36 +253,9 @@ func (t *Transport) accept() {
 	}
 }
 
-// admit serves one accepted connection, if there are not too many.
-func (t *Transport) admit(nc net.Conn) {
-	t.mu.Lock()
-	full := t.inbound >= t.cfg.MaxInbound
-	if !full {
-		t.inbound++
-	}
-	t.mu.Unlock()
-	if full {
-		t.metrics.refused.Inc()
-		t.log.Warn("peer connection refused: too many", "remote", nc.RemoteAddr(), "limit", t.cfg.MaxInbound)
-		_ = nc.Close()
-		return
-	}
-	leave := func() {
-		_ = nc.Close()
-		t.mu.Lock()
-		t.inbound--
-		t.mu.Unlock()
-	}
-	if !t.spawn(func() {
-		defer leave()
-		t.serve(nc)
-	}) {
-		leave()
-	}
-}
-
 // serve shakes hands on an accepted connection and serves it until it ends.
-func (t *Transport) serve(nc net.Conn) {
+func (t *Transport) serve(v *visitor) {
+	nc := v.conn
 	w := newWire(nc, t.cfg.MaxMessageBytes)
 	w.frames.budget = &t.partial
 	defer w.frames.drop()
@@ -296,6 +270,9 @@ func (t *Transport) serve(nc net.Conn) {
 			t.log.Warn("handshake of an incoming peer connection failed", "remote", nc.RemoteAddr(), "node", h.from.Node, "error", err)
 		}
 		return
+	}
+	if _, ok := t.cfg.Resolve(h.from.Node); ok && h.purpose != purposeAsk {
+		t.sendAway(t.door.known(v, h.from.Node, h.purpose))
 	}
 	w.traffic = t.metrics.traffic(h.from.Node)
 	t.cfg.OnPeer(h.from)
