@@ -69,6 +69,7 @@ func (s *kv) RangeStream(r *pb.RangeRequest, stream grpc.ServerStreamingServer[p
 		limit = math.MaxInt64
 	}
 	page := proto.CloneOf(r)
+	page.SortTarget = pb.RangeRequest_KEY // pages follow each other by key, and another target alone would sort them
 	page.Limit = min(firstChunkKeys, limit)
 	sent, revision := int64(0), int64(0)
 	for {

@@ -207,6 +207,11 @@ func TestRangeStream(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	for i := range keys / 2 { // orders by key and by anything else differ
+		if _, err := kv.Put(t.Context(), putData(t, fmt.Sprintf("k%03d", i*7%keys), fmt.Sprintf("%0100d", 1000-i))); err != nil {
+			t.Fatal(err)
+		}
+	}
 	stream := func(r *pb.RangeRequest, between func()) (chunks int, all *pb.RangeResponse, err error) {
 		s, err := kv.RangeStream(t.Context(), r)
 		if err != nil {
@@ -266,7 +271,18 @@ func TestRangeStream(t *testing.T) {
 			}
 		})
 	}
-	_, _, err := stream(&pb.RangeRequest{Key: []byte("k"), SortOrder: pb.RangeRequest_DESCEND}, nil)
+	// Without an order the target means nothing to a stream, which goes by key.
+	byKey, err := kv.Range(t.Context(), &pb.RangeRequest{Key: []byte("k"), RangeEnd: []byte("l")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for target, name := range pb.RangeRequest_SortTarget_name {
+		r := &pb.RangeRequest{Key: []byte("k"), RangeEnd: []byte("l"), SortTarget: pb.RangeRequest_SortTarget(target)}
+		if _, got, err := stream(r, func() {}); err != nil || !proto.Equal(got, byKey) {
+			t.Errorf("sort target %s: %d keys of %d, %v", name, len(got.Kvs), len(byKey.Kvs), err)
+		}
+	}
+	_, _, err = stream(&pb.RangeRequest{Key: []byte("k"), SortOrder: pb.RangeRequest_DESCEND}, nil)
 	sameStatus(t, err, status.Error(codes.Unimplemented, "RangeStream does not support custom sort orders"))
 	_, _, err = stream(&pb.RangeRequest{Key: []byte("k"), MinModRevision: 1}, nil)
 	sameStatus(t, err, status.Error(codes.Unimplemented, "RangeStream does not support revision filters"))
