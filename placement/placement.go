@@ -67,8 +67,8 @@ type Action string
 // The actions, in the order in which a replacement takes them.
 const (
 	AddLearner Action = "add learner"
-	Promote    Action = "promote"
 	Remove     Action = "remove"
+	Promote    Action = "promote"
 )
 
 // Step is one change of one group's configuration.
@@ -88,8 +88,7 @@ type View struct {
 }
 
 const (
-	// maxVoters bounds a group's quorum; further nodes stay learners. Only a
-	// replacement may vote beside them, until what it replaces is removed.
+	// maxVoters bounds a group's quorum; further nodes stay learners.
 	maxVoters = 7
 	// maxLag is how many entries behind the commit index a learner may be and
 	// still count as caught up.
@@ -98,8 +97,12 @@ const (
 
 // Plan returns the next step that brings the group towards the map, and false
 // if there is none. It is pure and level-triggered: carried out or not, the
-// next call plans from what is then. It never removes a voter before its
-// node's replacement votes, and promotes only what has been measured.
+// next call plans from what is then. It promotes only what has been measured.
+//
+// A replica whose node has lost it can never answer again. It keeps its vote
+// until the node's next replica has caught up, and loses it before that one
+// gets its own: at no time do the votes of a node that may lose its disk once
+// more count twice, and no step needs more living voters than the one before.
 func Plan(v View) (Step, bool) {
 	current := make(map[string]raft.ServerID, len(v.Members))
 	for _, m := range v.Members {
@@ -107,28 +110,27 @@ func Plan(v View) (Step, bool) {
 	}
 	group := make(map[raft.ServerID]shard.Member, len(v.Group))
 	voters := 0
-	replaced := make(map[string]bool) // nodes whose former replica votes
+	lost := make(map[string]bool) // nodes whose former replica votes
 	for _, g := range v.Group {
 		group[g.ID] = g
 		if g.Voter {
 			voters++
-			replaced[g.Node] = replaced[g.Node] || current[g.Node] != g.ID
+			lost[g.Node] = lost[g.Node] || current[g.Node] != g.ID
 		}
 	}
-	// Finish replacements before beginning others.
+	// Finish a replacement before beginning another.
+	for _, g := range sorted(v.Group) {
+		if !g.Voter && current[g.Node] == g.ID && !lost[g.Node] && voters < maxVoters && caughtUp(v, g.ID) {
+			return Step{Promote, g.ID}, true
+		}
+	}
 	for _, g := range sorted(v.Group) {
 		id, known := current[g.Node]
 		if !known || id == g.ID {
 			continue // nodes leave by an explicit removal only
 		}
-		if !g.Voter || group[id].Voter {
+		if next, in := group[id]; !g.Voter || in && (next.Voter || caughtUp(v, id)) {
 			return Step{Remove, g.ID}, true
-		}
-	}
-	for _, g := range sorted(v.Group) {
-		mayVote := voters < maxVoters || replaced[g.Node]
-		if !g.Voter && current[g.Node] == g.ID && mayVote && caughtUp(v, g.ID) {
-			return Step{Promote, g.ID}, true
 		}
 	}
 	for _, m := range v.Members {

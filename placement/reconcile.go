@@ -65,8 +65,8 @@ func (r *Reconciler) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		// One step follows the other at once: while a node's old replica and
-		// its replacement both vote, the group bears fewer failures.
+		// One step follows the other at once: between a node's old vote and its
+		// next one the group bears fewer failures.
 		for again := true; again && r.cfg.Replica.Serving(); {
 			var err error
 			if again, err = r.step(ctx); err != nil && ctx.Err() == nil && !errors.Is(err, shard.ErrNotLeader) {
