@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"hash"
+	"time"
 
 	"go.etcd.io/bbolt"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -31,22 +32,25 @@ func (s *maintenance) Snapshot(_ *pb.SnapshotRequest, stream grpc.ServerStreamin
 		return err
 	}
 	defer release()
-	if err := sendSnapshot(ctx, state, stream, s.router.metrics); err != nil {
+	if err := s.sendSnapshot(ctx, state, stream); err != nil {
 		s.router.cfg.Logger.Warn("backup failed", "error", err)
 		return refusal(err)
 	}
 	return nil
 }
 
-func sendSnapshot(ctx context.Context, state *fsm.Store, stream grpc.ServerStreamingServer[pb.SnapshotResponse], m *metrics) error {
+func (s *maintenance) sendSnapshot(ctx context.Context, state *fsm.Store, stream grpc.ServerStreamingServer[pb.SnapshotResponse]) error {
 	// The file lags behind what has been applied, and may have been acknowledged.
 	if err := state.Flush(ctx, state.AppliedIndex()); err != nil {
 		return err
 	}
+	if _, ok := state.SnapshotMeta(); !ok {
+		return kvdError(codes.Unavailable, ReasonNoState, "this node has nothing to back up yet")
+	}
 	return state.ViewSnapshot(ctx, func(tx *bbolt.Tx, meta snapshot.Meta) error {
-		w := &snapshotWriter{stream: stream, left: snapshot.StreamSize(tx, meta), digest: sha256.New()}
+		w := &snapshotWriter{router: s.router, stream: stream, left: snapshot.StreamSize(tx, meta), digest: sha256.New()}
 		n, err := snapshot.WriteStream(ctx, w, tx, meta)
-		m.snapshotBytes.Add(float64(n))
+		s.router.metrics.snapshotBytes.Add(float64(n))
 		if err != nil {
 			return err
 		}
@@ -59,6 +63,7 @@ const snapshotMessageBytes = 64 << 10
 
 // snapshotWriter cuts what is written to it into messages.
 type snapshotWriter struct {
+	router *router
 	stream grpc.ServerStreamingServer[pb.SnapshotResponse]
 	digest hash.Hash
 	left   int64 // bytes still to be sent
@@ -84,7 +89,25 @@ func (w *snapshotWriter) flush() error {
 	w.left -= int64(len(w.buf))
 	message := &pb.SnapshotResponse{RemainingBytes: uint64(max(w.left, 0)), Blob: w.buf}
 	w.buf = make([]byte, 0, snapshotMessageBytes) // gRPC may still read the old one
-	return w.stream.Send(message)
+	return w.send(message)
+}
+
+// send does not wait for ever: a client that stops reading would hold a read
+// transaction, and with it space in the file. gRPC ends a Send left behind when
+// the request ends.
+func (w *snapshotWriter) send(message *pb.SnapshotResponse) error {
+	sent := make(chan error, 1)
+	if !w.router.spawn(func() { sent <- w.stream.Send(message) }) {
+		return context.Canceled
+	}
+	timer := time.NewTimer(w.router.cfg.SnapshotTimeout)
+	defer timer.Stop()
+	select {
+	case err := <-sent:
+		return err
+	case <-timer.C:
+		return kvdError(codes.DeadlineExceeded, ReasonStalled, fmt.Sprintf("the client has not read the backup for %v", w.router.cfg.SnapshotTimeout))
+	}
 }
 
 // finish sends what is left and the digest in a message of its own.
@@ -97,5 +120,5 @@ func (w *snapshotWriter) finish() error {
 	if w.left != 0 {
 		return fmt.Errorf("server: backup is %d bytes off its announced size", w.left)
 	}
-	return w.stream.Send(&pb.SnapshotResponse{Blob: w.digest.Sum(nil)})
+	return w.send(&pb.SnapshotResponse{Blob: w.digest.Sum(nil)})
 }

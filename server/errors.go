@@ -86,6 +86,10 @@ const (
 	ReasonAnswerDropped = "ANSWER_DROPPED"
 	// ReasonBusy: this node does as much of it as it is allowed to.
 	ReasonBusy = "BUSY"
+	// ReasonStalled: the client has not read what it asked for in time.
+	ReasonStalled = "STALLED"
+	// ReasonNoState: nothing has been written on this node yet.
+	ReasonNoState = "NO_STATE"
 )
 
 // kvdError is one of kvd's own conditions.

@@ -21,12 +21,13 @@ type maintenance struct {
 	pb.UnsafeMaintenanceServer
 	router  *router
 	backups chan struct{} // one per snapshot being sent
+	hashes  chan struct{} // one per digest being computed
 }
 
 var _ pb.MaintenanceServer = (*maintenance)(nil)
 
 func newMaintenance(r *router) *maintenance {
-	return &maintenance{router: r, backups: make(chan struct{}, r.cfg.MaxSnapshotStreams)}
+	return &maintenance{router: r, backups: make(chan struct{}, r.cfg.MaxSnapshotStreams), hashes: make(chan struct{}, r.cfg.MaxHashes)}
 }
 
 // local pins this node's state as it is.
@@ -127,9 +128,28 @@ func (s *maintenance) Defragment(ctx context.Context, _ *pb.DefragmentRequest) (
 	return &pb.DefragmentResponse{}, nil
 }
 
+// toHash pins this node's state for one of the few digests, each of which reads
+// all of it, that may be computed at a time.
+func (s *maintenance) toHash(ctx context.Context) (*fsm.Store, func(), error) {
+	select {
+	case s.hashes <- struct{}{}:
+	case <-ctx.Done():
+		return nil, nil, refusal(ctx.Err())
+	}
+	state, release, err := s.local(ctx)
+	if err != nil {
+		<-s.hashes
+		return nil, nil, err
+	}
+	return state, func() {
+		release()
+		<-s.hashes
+	}, nil
+}
+
 // Hash is a digest of everything this node stores.
 func (s *maintenance) Hash(ctx context.Context, _ *pb.HashRequest) (*pb.HashResponse, error) {
-	state, release, err := s.local(ctx)
+	state, release, err := s.toHash(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -144,7 +164,7 @@ func (s *maintenance) Hash(ctx context.Context, _ *pb.HashRequest) (*pb.HashResp
 
 // HashKV is a digest of the key space up to a revision; equal on all members.
 func (s *maintenance) HashKV(ctx context.Context, r *pb.HashKVRequest) (*pb.HashKVResponse, error) {
-	state, release, err := s.local(ctx)
+	state, release, err := s.toHash(ctx)
 	if err != nil {
 		return nil, err
 	}

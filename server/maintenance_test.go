@@ -7,11 +7,13 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"strings"
 	"testing"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -233,5 +235,83 @@ func TestSnapshotsAreBounded(t *testing.T) {
 	}
 	if len(n.maintenance.backups) != 0 {
 		t.Fatal("a backup that has ended still counts")
+	}
+}
+
+func TestSnapshotOfNothing(t *testing.T) {
+	n := startNode(t, nil)
+	stream, err := pb.NewMaintenanceClient(n.dial(t)).Snapshot(t.Context(), &pb.SnapshotRequest{})
+	if err == nil {
+		_, err = stream.Recv()
+	}
+	sameStatus(t, err, status.Error(codes.Unavailable, "kvd: this node has nothing to back up yet"))
+	if reasonOf(err) != ReasonNoState {
+		t.Fatal(err)
+	}
+}
+
+// A client that does not read holds neither a place nor the state for ever.
+func TestStalledSnapshotEnds(t *testing.T) {
+	n := startNode(t, func(c *Config) { c.SnapshotTimeout = 100 * time.Millisecond })
+	kv := pb.NewKVClient(n.dial(t))
+	for _, key := range []string{"a", "b", "c", "d"} {
+		if _, err := kv.Put(t.Context(), putData(t, key, strings.Repeat(key, 1<<20))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A window of its own size keeps gRPC from enlarging it.
+	stream, err := pb.NewMaintenanceClient(n.dial(t, grpc.WithInitialWindowSize(64<<10))).Snapshot(t.Context(), &pb.SnapshotRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pinned := func() bool {
+		n.replica.mu.Lock()
+		defer n.replica.mu.Unlock()
+		return n.replica.acquired > 0
+	}
+	if _, err := stream.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(time.Minute); pinned() || len(n.maintenance.backups) > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the backup is still under way")
+		}
+	}
+	for err == nil {
+		_, err = stream.Recv()
+	}
+	if status.Code(err) != codes.DeadlineExceeded || reasonOf(err) != ReasonStalled {
+		t.Fatal(err)
+	}
+}
+
+func TestHashesAreBounded(t *testing.T) {
+	n := startNode(t, func(c *Config) { c.MaxHashes = 1 })
+	c := pb.NewMaintenanceClient(n.dial(t))
+	if _, err := n.client(t).Put(t.Context(), "k", "v"); err != nil {
+		t.Fatal(err)
+	}
+	ways := map[string]func(context.Context) error{
+		"Hash":   func(ctx context.Context) error { _, err := c.Hash(ctx, &pb.HashRequest{}); return err },
+		"HashKV": func(ctx context.Context) error { _, err := c.HashKV(ctx, &pb.HashKVRequest{}); return err },
+	}
+	for name, hash := range ways {
+		n.maintenance.hashes <- struct{}{} // one is being computed
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		if err := hash(ctx); status.Code(err) != codes.DeadlineExceeded {
+			t.Errorf("%s beside another: %v", name, err)
+		}
+		cancel()
+		done := make(chan error, 1)
+		go func() { done <- hash(t.Context()) }()
+		<-n.maintenance.hashes
+		if err := <-done; err != nil {
+			t.Errorf("%s that may have waited: %v", name, err)
+		}
+		for range 3 { // each gives its place back
+			if err := hash(t.Context()); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
 	}
 }

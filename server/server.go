@@ -97,6 +97,8 @@ type Config struct {
 	MaxConnections       int           // of gRPC clients; more wait to be accepted; 8192, or half of the files that may be open
 	MaxHTTPConnections   int           // the same for HTTP; 1024, or an eighth
 	MaxSnapshotStreams   int           // backups under way on this node; 4
+	SnapshotTimeout      time.Duration // for the client to read the next 64 KiB of a backup; 30 s
+	MaxHashes            int           // Hash and HashKV under way on this node; more wait; 4
 
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
@@ -140,6 +142,8 @@ func (c *Config) setDefaults() {
 	setDefault(&c.MaxConnections, min(8192, maxOpenFiles()/2))
 	setDefault(&c.MaxHTTPConnections, min(1024, maxOpenFiles()/8))
 	setDefault(&c.MaxSnapshotStreams, 4)
+	setDefault(&c.SnapshotTimeout, 30*time.Second)
+	setDefault(&c.MaxHashes, 4)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -167,7 +171,7 @@ func (c *Config) Validate() error {
 		return errors.New("server: Replica, Cluster, Peers and NotDelivered are required")
 	case c.MaxRequestBytes < 0 || c.MaxRequestBytes > 1<<30:
 		return fmt.Errorf("server: request limit of %d bytes is not between 0 and 1 GiB", c.MaxRequestBytes)
-	case c.MaxTxnOps < 0 || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0 || c.MaxAnswerBytes < 0 || c.MaxConnections < 1 || c.MaxHTTPConnections < 1:
+	case c.MaxTxnOps < 0 || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0 || c.SnapshotTimeout < 0 || c.MaxHashes < 0 || c.MaxAnswerBytes < 0 || c.MaxConnections < 1 || c.MaxHTTPConnections < 1:
 		return errors.New("server: a limit is negative, or less may be pending than one request has")
 	}
 	return nil
