@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"sync/atomic"
 	"syscall"
@@ -195,9 +196,10 @@ func notDelivered(err error) bool {
 	return errors.Is(err, transport.ErrUnreachable) || errors.Is(err, transport.ErrBusy) || errors.Is(err, transport.ErrNoHandler)
 }
 
-// diskGuard tells when the disk under a directory is nearly full. It looks at
-// most once a second.
+// diskGuard tells when the disk under a directory is nearly full, and logs when
+// that changes. It looks at most once a second, when asked.
 type diskGuard struct {
+	log     *slog.Logger
 	dir     string
 	minFree uint64
 	start   time.Time
@@ -205,8 +207,8 @@ type diskGuard struct {
 	verdict atomic.Bool
 }
 
-func newDiskGuard(dir string, minFree uint64) *diskGuard {
-	return &diskGuard{dir: dir, minFree: minFree, start: time.Now()}
+func newDiskGuard(log *slog.Logger, dir string, minFree uint64) *diskGuard {
+	return &diskGuard{log: log, dir: dir, minFree: minFree, start: time.Now()}
 }
 
 func (g *diskGuard) full() bool {
@@ -214,7 +216,15 @@ func (g *diskGuard) full() bool {
 	if now >= next && g.next.CompareAndSwap(next, now+int64(time.Second)) {
 		var fs syscall.Statfs_t
 		if err := syscall.Statfs(g.dir, &fs); err == nil {
-			g.verdict.Store(fs.Bavail*uint64(fs.Bsize) < g.minFree)
+			free := fs.Bavail * uint64(fs.Bsize)
+			full := free < g.minFree
+			switch was := g.verdict.Swap(full); {
+			case full && !was:
+				g.log.Error("the disk is nearly full: the cluster refuses writes while this node leads it, except deletes: make room, or kvd move-leader to another node",
+					"dir", g.dir, "free_bytes", free, "wanted_bytes", g.minFree)
+			case !full && was:
+				g.log.Info("the disk has room again: writes are taken", "dir", g.dir, "free_bytes", free)
+			}
 		}
 	}
 	return g.verdict.Load()

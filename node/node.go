@@ -139,7 +139,7 @@ func (n *Node) connect(l *listeners) error {
 		Cluster:      cluster{n},
 		Peers:        n.transport,
 		NotDelivered: notDelivered,
-		NoSpace:      newDiskGuard(n.cfg.DataDir, n.cfg.MinDiskFree).full,
+		NoSpace:      newDiskGuard(n.log, n.cfg.DataDir, n.cfg.MinDiskFree).full,
 		TLS:          clientTLS,
 		Pprof:        n.cfg.Pprof, Version: n.cfg.Version,
 		Logger: n.log, Registerer: n.cfg.Registry, Gatherer: n.cfg.Registry,
@@ -180,7 +180,7 @@ func (n *Node) openReplica() error {
 	}
 	replica, err := shard.Open(cfg)
 	if errors.Is(err, raftlog.ErrCorrupt) || errors.Is(err, fsm.ErrCorruptState) || errors.Is(err, shard.ErrLogGap) {
-		return fmt.Errorf("data directory %s is damaged: %w: restore it, or delete its contents so that the node rejoins its cluster with an empty one", n.cfg.DataDir, err)
+		return fmt.Errorf("data directory %s is damaged: %w: delete its contents so that the node rejoins its cluster with an empty one, or restore a backup if it was alone; an older copy of the directory loses writes", n.cfg.DataDir, err)
 	}
 	if err != nil {
 		return err

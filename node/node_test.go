@@ -472,3 +472,26 @@ func TestValidateNamesTheFlag(t *testing.T) {
 		t.Errorf("the defaults: %v", err)
 	}
 }
+
+// The writes that a full disk makes the cluster refuse are refused by one node
+// only, the leader: its log has to say so, once.
+func TestANearlyFullDiskIsSaidOnce(t *testing.T) {
+	var said strings.Builder
+	guard := newDiskGuard(slog.New(slog.NewTextHandler(&said, nil)), t.TempDir(), 1<<62)
+	for range 3 {
+		guard.next.Store(0)
+		if !guard.full() {
+			t.Error("four exbibytes are free")
+		}
+	}
+	guard.minFree = 0
+	for range 3 {
+		guard.next.Store(0)
+		if guard.full() {
+			t.Error("nothing is wanted, and it is not free")
+		}
+	}
+	if n := strings.Count(said.String(), "nearly full"); n != 1 || strings.Count(said.String(), "has room again") != 1 {
+		t.Errorf("said: %s", said.String())
+	}
+}

@@ -23,13 +23,16 @@ const (
 // or was, a member of.
 func (n *Node) join(ctx context.Context) error {
 	outcome, err := n.formation.Run(ctx)
-	for err == nil && outcome.Rejoin != nil {
+	for said := ""; err == nil && outcome.Rejoin != nil; {
 		outcome, err = n.rejoin(ctx, outcome.Rejoin)
 		var refused *bootstrap.RefusedError
 		if err == nil || errors.As(err, &refused) && !refused.Retryable() {
 			break
 		}
-		n.log.Info("waiting to rejoin the cluster", "reason", err)
+		if reason := err.Error(); reason != said {
+			said = reason
+			n.log.Info("waiting to rejoin the cluster", "reason", reason)
+		}
 		select {
 		case <-time.After(time.Second):
 			outcome, err = n.formation.Run(ctx)

@@ -168,7 +168,7 @@ func decodeFile(name string, data []byte, body any) error {
 }
 
 func corrupt(name string, cause error) error {
-	return fmt.Errorf("%w: %s is damaged (%w): restore the directory, or delete its contents so that the node rejoins its cluster with an empty one", ErrCorrupt, name, cause)
+	return fmt.Errorf("%w: %s is damaged (%w): delete the contents of the data directory so that the node rejoins its cluster with an empty one, or restore a backup if it was alone; an older copy of the directory loses writes", ErrCorrupt, name, cause)
 }
 
 func checksum(data []byte) string { return fmt.Sprintf("%08x", crc32.Checksum(data, castagnoli)) }
