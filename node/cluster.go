@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
 	etcdtransport "go.etcd.io/etcd/client/pkg/v3/transport"
 
 	"kvd/node/bootstrap"
@@ -214,20 +215,56 @@ func newDiskGuard(log *slog.Logger, dir string, minFree uint64) *diskGuard {
 func (g *diskGuard) full() bool {
 	now, next := int64(time.Since(g.start)), g.next.Load()
 	if now >= next && g.next.CompareAndSwap(next, now+int64(time.Second)) {
-		var fs syscall.Statfs_t
-		if err := syscall.Statfs(g.dir, &fs); err == nil {
-			free := fs.Bavail * uint64(fs.Bsize)
-			full := free < g.minFree
-			switch was := g.verdict.Swap(full); {
-			case full && !was:
-				g.log.Error("the disk is nearly full: the cluster refuses writes while this node leads it, except deletes: make room, or kvd move-leader to another node",
-					"dir", g.dir, "free_bytes", free, "wanted_bytes", g.minFree)
-			case !full && was:
-				g.log.Info("the disk has room again: writes are taken", "dir", g.dir, "free_bytes", free)
-			}
+		if free, err := freeBytes(g.dir); err == nil {
+			g.judge(free)
 		}
 	}
 	return g.verdict.Load()
+}
+
+func (g *diskGuard) judge(free uint64) {
+	full := free < g.minFree
+	switch was := g.verdict.Swap(full); {
+	case full && !was:
+		g.log.Error("the disk is nearly full: the cluster refuses writes while this node leads it, except deletes: make room, or kvd move-leader to another node",
+			"dir", g.dir, "free_bytes", free, "wanted_bytes", g.minFree)
+	case !full && was:
+		g.log.Info("the disk has room again: writes are taken", "dir", g.dir, "free_bytes", free)
+	}
+}
+
+// freeBytes is what the file system under dir has left for this process.
+func freeBytes(dir string) (uint64, error) {
+	var fs syscall.Statfs_t
+	if err := syscall.Statfs(dir, &fs); err != nil {
+		return 0, err
+	}
+	return fs.Bavail * uint64(fs.Bsize), nil
+}
+
+// diskGauge is the metric of the free space under the data directory.
+func (n *Node) diskGauge() prometheus.Collector {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "kvd_node_disk_free_bytes", Help: "Free bytes of the file system that holds the data directory.",
+	}, func() float64 {
+		free, err := freeBytes(n.cfg.DataDir)
+		if err != nil {
+			return -1
+		}
+		return float64(free)
+	})
+}
+
+// warnOpenPeers tells an operator whose nodes anybody could talk to.
+func (n *Node) warnOpenPeers() {
+	host, _, err := net.SplitHostPort(n.cfg.ListenPeer)
+	if err != nil || n.cfg.PeerTLS.Enabled() || host == "localhost" {
+		return
+	}
+	if ip := net.ParseIP(host); ip != nil && ip.IsLoopback() {
+		return
+	}
+	n.log.Warn("connections between nodes are neither encrypted nor authenticated: whoever reaches this port can read and change everything: set --peer-cert-file, --peer-key-file and --peer-trusted-ca-file, or keep the network closed", "listen_peer", n.cfg.ListenPeer)
 }
 
 var _ server.Replica = (*shard.Replica)(nil)

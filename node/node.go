@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
 	"kvd/fsm"
@@ -36,6 +37,7 @@ type Node struct {
 	formation *bootstrap.Formation
 	transport *transport.Transport
 	server    *server.Server
+	disk      prometheus.Collector // free space
 
 	clusterID, memberID atomic.Uint64 // 0 until this node is a member
 
@@ -147,6 +149,11 @@ func (n *Node) connect(l *listeners) error {
 	if err != nil {
 		return err
 	}
+	n.disk = n.diskGauge()
+	if err := n.cfg.Registry.Register(n.disk); err != nil {
+		return err
+	}
+	n.warnOpenPeers()
 	for method, handle := range n.server.Handlers() {
 		n.transport.Handle(method, func(ctx context.Context, from transport.Peer, payload []byte) ([]byte, error) {
 			return handle(ctx, from.Node, payload)
@@ -370,6 +377,9 @@ func (n *Node) stop() error {
 		errs = append(errs, n.server.Close())
 	}
 	n.tasks.Wait()
+	if n.disk != nil {
+		n.cfg.Registry.Unregister(n.disk)
+	}
 	if n.reconciler != nil {
 		n.reconciler.Close()
 	}

@@ -68,7 +68,7 @@ func TestSnapshotStatus(t *testing.T) {
 	if code != exitOK || errOut != "" {
 		t.Fatalf("exit code %d: %s", code, errOut)
 	}
-	for _, want := range []string{"cluster     c1\n", "revision    3\n", "compacted   never\n", "keys        1\n", "raft index  3\n",
+	for _, want := range []string{"cluster     00000000000000c1\n", "revision    3\n", "compacted   never\n", "keys        1\n", "raft index  3\n",
 		"raft term   7\n", "members     n1, n2 (learner)\n"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("printed %q, want %q in it", out, want)

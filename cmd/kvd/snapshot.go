@@ -48,7 +48,7 @@ type backupReport struct {
 
 func newBackupReport(file string, sizeBytes int64, meta snapshot.Meta) backupReport {
 	r := backupReport{
-		File: file, SizeBytes: sizeBytes, ClusterID: fmt.Sprintf("%x", meta.ClusterID), Revision: meta.Revision,
+		File: file, SizeBytes: sizeBytes, ClusterID: fmt.Sprintf("%016x", meta.ClusterID), Revision: meta.Revision,
 		CompactRevision: meta.CompactRevision, Keys: meta.Keys, Index: meta.Index, Term: meta.Term,
 	}
 	for _, s := range meta.Configuration.Servers {
