@@ -364,7 +364,7 @@ func (n *Node) handOver() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*n.cfg.ElectionTimeout)
 	defer cancel()
-	if err := replica.TransferLeadership(ctx, ""); err != nil && !errors.Is(err, shard.ErrNotLeader) {
+	if err := replica.TransferLeadership(ctx, ""); err != nil && !errors.Is(err, shard.ErrNotLeader) && !errors.Is(err, shard.ErrNoTarget) {
 		n.log.Info("the leadership could not be handed over", "error", err)
 	}
 }
