@@ -32,9 +32,11 @@ func circle(nodes []Node, virtualNodes int, hash hashFunc) []point {
 // cannot take is shared by the others.
 //
 // Rounding everybody up would move the bound of all nodes at once when the
-// average passes certain values, and many replicas with it. So each node rounds
-// by its own hash: a change of membership moves only a few nodes' bounds. No
-// node rounds below its share rounded up, so that all replicas find room.
+// average passes certain values: from 1010 nodes down to 930 with 4096 shards of
+// 3, a removal then moves 1.9/N on average but 37/N at worst. Each node rounds
+// by its own hash instead, so that a removal moves a few nodes' bounds: 2.3/N
+// and 3.1/N. Up to 50 nodes the two hardly differ. No node rounds below its
+// share rounded up, so that all replicas find room.
 func bounds(nodes []Node, shards, copies int, hash hashFunc) []int {
 	heaviest := make([]int, len(nodes))
 	var weights uint64

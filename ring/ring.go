@@ -8,15 +8,15 @@
 // integers, and testdata/golden.txt holds it to that.
 //
 // Loads are bounded after Mirrokni, Thorup and Zadimoghaddam, "Consistent
-// Hashing with Bounded Loads" (2016): a shard takes the first nodes
-// clockwise that have room, and no node holds more than ceil(1.1 times its
-// share). Two things differ, and make a removal move less: all shards walk at
-// the same speed instead of one after another (place), and bounds are rounded
-// for each node by itself (bounds).
+// Hashing with Bounded Loads" (2016): a shard takes the first nodes clockwise
+// that have room, and no node holds more than ceil(1.1 times its share). Two
+// things differ: all shards walk at the same speed instead of one after another
+// (place), so that a removal moves less, and bounds are rounded for each node by
+// itself (bounds), so that no single removal moves very much.
 //
 // Removing one of N nodes of equal weight moves its own replicas, 1/N of all on
-// average and 1.1/N at most (or what rounding adds), and those that the
-// bound forces to move on or lets come home. Seen in 6 to 300 removals from random
+// average and 1.1/N at most (or what rounding adds), and those that the bound
+// forces to move on or lets come home. Seen in 6 to 300 removals from random
 // sets of nodes with 256 virtual nodes, in Nths of all replicas:
 //
 //	nodes  shards  replicas  on a node    mean  worst
