@@ -127,6 +127,9 @@ func (p *pipeline) complete(f *future) {
 	timer := time.NewTimer(time.Until(f.start.Add(p.g.t.cfg.RPCTimeout)))
 	defer timer.Stop()
 	payload, err := f.s.wait(p.ctx.Done(), timer.C)
+	if errors.Is(err, ErrClosed) && p.g.ctx.Err() == nil {
+		err = context.Cause(p.ctx) // why the pipeline ended: another request may have timed out at the same instant
+	}
 	if err == nil {
 		err = decodeResponse(payload, f.resp)
 	}
