@@ -333,24 +333,26 @@ func TestDefragment(t *testing.T) {
 }
 
 func TestCloseEndsDefragment(t *testing.T) {
-	config := testConfig(tempPath(t))
-	closed := make(chan error, 1)
-	var s *Store
-	config.faults.copying = func() {
-		go func() { closed <- s.Close() }()
-		<-s.stop.Done()
-	}
-	s = open(t, config)
-	apply(t, s, put("a", "1"))
-	if err := s.Defragment(t.Context()); !errors.Is(err, ErrClosed) {
-		t.Errorf("Defragment: %v", err)
-	}
-	if err := <-closed; err != nil {
-		t.Error(err)
-	}
-	if _, err := os.Stat(config.Path + defragmentSuffix); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the new file: %v", err)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		config := testConfig(tempPath(t))
+		closed := make(chan error, 1)
+		var s *Store
+		config.faults.copying = func() {
+			go func() { closed <- s.Close() }()
+			synctest.Wait() // until Close waits for the defragmentation, which has been told
+		}
+		s = open(t, config)
+		apply(t, s, put("a", "1"))
+		if err := s.Defragment(t.Context()); !errors.Is(err, ErrClosed) {
+			t.Errorf("Defragment: %v", err)
+		}
+		if err := <-closed; err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Stat(config.Path + defragmentSuffix); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("the new file: %v", err)
+		}
+	})
 }
 
 func TestDefragmentAfterAMove(t *testing.T) {
