@@ -29,6 +29,10 @@ type Member struct {
 	// incarnation, so that a node that has forgotten its votes and entries
 	// never speaks under the id that gave them.
 	Replica raft.ServerID `json:"replica"`
+	// Weight is the node's share of the shards; 0 counts as 1.
+	Weight float64 `json:"weight,omitempty"`
+	// Leaving: the node's replicas go elsewhere, and then it leaves.
+	Leaving bool `json:"leaving,omitempty"`
 }
 
 const memberPrefix = "member/"
@@ -58,7 +62,8 @@ func (m Member) next(incarnation uint64) (Member, error) {
 	if err != nil {
 		return Member{}, fmt.Errorf("placement: malformed replica id %q", m.Replica)
 	}
-	return Member{Name: m.Name, Incarnation: incarnation, Replica: raft.ServerID(fmt.Sprintf("%s/%d", node, n+1))}, nil
+	m.Incarnation, m.Replica = incarnation, raft.ServerID(fmt.Sprintf("%s/%d", node, n+1))
+	return m, nil
 }
 
 // Action is what a step does to a group's configuration.

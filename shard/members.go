@@ -50,6 +50,9 @@ func NodeOf(id raft.ServerID) string {
 	return node
 }
 
+// IsWitness reports whether the id is a witness's, <node>/<number>w.
+func IsWitness(id raft.ServerID) bool { return strings.HasSuffix(string(id), "w") && NodeOf(id) != "" }
+
 // Leader returns the leader that this replica knows of.
 func (r *Replica) Leader() Leader {
 	l := r.life.Load()
