@@ -29,7 +29,7 @@ func TestExitCodes(t *testing.T) {
 		code int
 		says string // in the error
 	}{
-		{"help", nil, exitOK, ""},
+		{"help", []string{}, exitOK, ""}, // cobra takes nil for the arguments of the process
 		{"put", []string{"put", "k", "v", "--endpoints", healthy.addr}, exitOK, ""},
 		{"missing key", []string{"get", "nothing", "--endpoints", healthy.addr}, exitOK, ""},
 		{"refused", []string{"get", "k", "--endpoints", failing.addr}, exitFailed, "compacted; read at a newer --rev"},
