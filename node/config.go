@@ -12,13 +12,24 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"kvd/node/bootstrap"
+	"kvd/placement"
+	"kvd/ring"
 	"kvd/shard"
 	"kvd/transport"
 )
 
 // Strategies of a cluster.
 const (
-	StrategyFull = "full"
+	StrategyFull       = "full"       // every key on every node
+	StrategyConsistent = "consistent" // keys hashed to shards, shards placed by the ring
+)
+
+// Defaults and limits of what StrategyConsistent adds.
+const (
+	DefaultShards            = 64
+	DefaultReplicationFactor = 3
+	DefaultDownAfter         = 30 * time.Second
+	MinDownAfter             = 2 * time.Second // nodes report once a second
 )
 
 // Network is how nodes reach each other; the default is TCP.
@@ -39,8 +50,19 @@ type Config struct {
 	ClusterToken string // kvd
 	Strategy     string // full
 	// Peers are the founding members and their peer addresses, this node
-	// included or not; empty: a cluster of this node alone.
+	// included or not; empty, without Join: a cluster of this node alone.
 	Peers map[string]string
+	// Join is the peer address of a member of a running cluster, which this
+	// node joins if its directory is empty. Not together with Peers.
+	Join string
+
+	// Of StrategyConsistent only, the same on all nodes.
+	Shards            int    // 64
+	ReplicationFactor int    // data replicas of each shard; 3
+	Witnesses         string // placement.WitnessesAuto or WitnessesNone; auto
+
+	DownAfter time.Duration // silence after which a node's replicas are made elsewhere; 30 s
+	Weight    float64       // this node's share of the shards, relative to the others'; 1
 
 	ListenClient    string // host:port for gRPC; 127.0.0.1:2379; "none": no listener
 	ListenPeer      string // host:port for the other nodes; 127.0.0.1:2380
@@ -83,6 +105,13 @@ func (c *Config) setDefaults() {
 	setDefault(&c.DataDir, "./"+c.Name+".kvd")
 	setDefault(&c.ClusterToken, "kvd")
 	setDefault(&c.Strategy, StrategyFull)
+	if c.Strategy == StrategyConsistent {
+		setDefault(&c.Shards, DefaultShards)
+		setDefault(&c.ReplicationFactor, DefaultReplicationFactor)
+		setDefault(&c.Witnesses, placement.WitnessesAuto)
+	}
+	setDefault(&c.DownAfter, DefaultDownAfter)
+	setDefault(&c.Weight, 1)
 	setDefault(&c.ListenClient, "127.0.0.1:2379")
 	setDefault(&c.ListenPeer, "127.0.0.1:2380")
 	setDefault(&c.ListenHTTP, "127.0.0.1:2381")
@@ -107,11 +136,71 @@ const noListener = "none"
 
 // Validate names the flag of the first setting that cannot work.
 func (c *Config) Validate() error {
-	if c.Strategy != StrategyFull {
-		return fmt.Errorf("--strategy: %q is not known: use %q", c.Strategy, StrategyFull)
+	if err := c.validatePlacement(); err != nil {
+		return err
 	}
 	if err := c.settings().Validate(); err != nil {
 		return err
+	}
+	if err := c.validateAddresses(); err != nil {
+		return err
+	}
+	switch {
+	case c.HeartbeatTimeout < 10*time.Millisecond:
+		return fmt.Errorf("--heartbeat-timeout: %v is below 10ms", c.HeartbeatTimeout)
+	case c.ElectionTimeout < c.HeartbeatTimeout:
+		return fmt.Errorf("--election-timeout: %v is below --heartbeat-timeout %v", c.ElectionTimeout, c.HeartbeatTimeout)
+	case c.SnapshotBytes < 0:
+		return errors.New("--snapshot-bytes: must not be negative")
+	case c.TrailingEntries > shard.MaxTrailingEntries:
+		return fmt.Errorf("--trailing-entries: %d is above %d", c.TrailingEntries, shard.MaxTrailingEntries)
+	}
+	return nil
+}
+
+// validatePlacement checks what says which keys go where.
+func (c *Config) validatePlacement() error {
+	switch c.Strategy {
+	case StrategyFull:
+		if c.Shards != 0 || c.ReplicationFactor != 0 || c.Witnesses != "" {
+			return fmt.Errorf("--shards, --replication-factor, --witnesses: --strategy %s has none: every node holds every key", StrategyFull)
+		}
+	case StrategyConsistent:
+		if err := c.validateShards(); err != nil {
+			return err
+		}
+	default:
+		return fmt.Errorf("--strategy: %q is not known: use %s or %s", c.Strategy, StrategyFull, StrategyConsistent)
+	}
+	switch {
+	case c.DownAfter < MinDownAfter:
+		return fmt.Errorf("--down-after: %v is below %v: nodes report once a second", c.DownAfter, MinDownAfter)
+	case !(c.Weight >= ring.MinWeight && c.Weight <= ring.MaxWeight): // so that NaN fails
+		return fmt.Errorf("--weight: %v is not between %v and %v", c.Weight, ring.MinWeight, ring.MaxWeight)
+	}
+	return nil
+}
+
+func (c *Config) validateShards() error {
+	switch {
+	case c.Shards < 1 || c.Shards > bootstrap.MaxShards:
+		return fmt.Errorf("--shards: %d is not between 1 and %d", c.Shards, bootstrap.MaxShards)
+	case c.ReplicationFactor < 1 || c.ReplicationFactor > bootstrap.MaxReplicas:
+		return fmt.Errorf("--replication-factor: %d is not between 1 and %d", c.ReplicationFactor, bootstrap.MaxReplicas)
+	case c.Witnesses != placement.WitnessesAuto && c.Witnesses != placement.WitnessesNone:
+		return fmt.Errorf("--witnesses: %q is neither %s nor %s (none)", c.Witnesses, placement.WitnessesAuto, placement.WitnessesNone)
+	}
+	return nil
+}
+
+func (c *Config) validateAddresses() error {
+	if c.Join != "" {
+		if len(c.Peers) > 0 {
+			return errors.New("--join: not together with --peers: a node joins a running cluster, or founds one with its peers")
+		}
+		if host, port, err := net.SplitHostPort(c.Join); err != nil || host == "" || port == "" {
+			return fmt.Errorf("--join: %q is not host:port", c.Join)
+		}
 	}
 	for _, a := range []struct {
 		flag, addr string
@@ -130,21 +219,14 @@ func (c *Config) Validate() error {
 			return fmt.Errorf("%s: %q is not host:port", a.flag, a.addr)
 		}
 	}
-	switch {
-	case c.HeartbeatTimeout < 10*time.Millisecond:
-		return fmt.Errorf("--heartbeat-timeout: %v is below 10ms", c.HeartbeatTimeout)
-	case c.ElectionTimeout < c.HeartbeatTimeout:
-		return fmt.Errorf("--election-timeout: %v is below --heartbeat-timeout %v", c.ElectionTimeout, c.HeartbeatTimeout)
-	case c.SnapshotBytes < 0:
-		return errors.New("--snapshot-bytes: must not be negative")
-	case c.TrailingEntries > shard.MaxTrailingEntries:
-		return fmt.Errorf("--trailing-entries: %d is above %d", c.TrailingEntries, shard.MaxTrailingEntries)
-	}
 	return nil
 }
 
 func (c *Config) settings() bootstrap.Settings {
-	return bootstrap.Settings{Name: c.Name, Token: c.ClusterToken, Strategy: c.Strategy, Peers: c.Peers}
+	return bootstrap.Settings{Name: c.Name, Peers: c.Peers, Common: bootstrap.Common{
+		Token: c.ClusterToken, Strategy: c.Strategy,
+		Shards: c.Shards, ReplicationFactor: c.ReplicationFactor, Witnesses: c.Witnesses,
+	}}
 }
 
 // founders lists the names of the founding members, in order.

@@ -145,7 +145,7 @@ func (n *Node) admit(ctx context.Context, payload []byte) bootstrap.RejoinRespon
 		return refuse(bootstrap.NotNow, "the leader has not written the cluster map yet")
 	}
 	judge := bootstrap.Cluster{
-		ClusterID: n.dir.ClusterID(), Token: n.cfg.ClusterToken, Strategy: n.cfg.Strategy,
+		ClusterID: n.dir.ClusterID(), Common: n.cfg.settings().Common,
 		Reporting: func(m bootstrap.Member) bool { return n.answers(ctx, m) },
 	}
 	current := make(map[string]placement.Member)

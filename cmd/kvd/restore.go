@@ -19,8 +19,8 @@ func newSnapshotRestoreCommand(client *clientOptions) *cobra.Command {
 		Use:   "restore <file> --data-dir <dir>",
 		Short: "Make the directory of a new cluster's first node from a backup",
 		Long: `Make the directory of a new cluster's first node from a backup: all keys with their revisions and history.
-It talks to no server. Start the node with the same --name, --data-dir, --peers and --cluster-token; the other nodes
-of --peers join it when they start with empty directories.`,
+It talks to no server. Start the node with the same flags and those of its own; the other nodes of --peers
+join it when they start with empty directories.`,
 		Example: `  kvd snapshot restore backup.kvd --data-dir ./n1.kvd && kvd start
   kvd snapshot restore backup.kvd --name n1 --data-dir ./n1.kvd --peers n1=10.0.0.1:2380,n2=10.0.0.2:2380,n3=10.0.0.3:2380`,
 		Args: arguments(1, 1, "a file"),
@@ -29,11 +29,15 @@ of --peers join it when they start with empty directories.`,
 			if err := setFromEnv(cmd.LocalFlags(), os.Getenv); err != nil {
 				return err
 			}
+			if err := o.fitStrategy(cmd.LocalFlags()); err != nil {
+				return err
+			}
 			peers, err := o.founders()
 			if err != nil {
 				return err
 			}
-			cfg := node.Config{Name: o.name, DataDir: cmp.Or(o.dataDir, "./"+o.name+".kvd"), Peers: peers, Strategy: o.strategy, ClusterToken: o.clusterToken}
+			cfg := node.Config{Name: o.name, DataDir: cmp.Or(o.dataDir, "./"+o.name+".kvd"), Peers: peers, ClusterToken: o.clusterToken,
+				Strategy: o.strategy, Shards: o.shards, ReplicationFactor: o.replicationFactor, Witnesses: o.witnesses}
 			info, err := os.Stat(args[0])
 			if err != nil {
 				return err

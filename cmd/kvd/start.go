@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"kvd/node"
+	"kvd/placement"
 	"kvd/transport"
 )
 
@@ -21,7 +22,11 @@ type startOptions struct {
 	config string
 
 	name, dataDir, clusterToken, strategy string
-	peers                                 string
+	peers, join                           string
+	shards, replicationFactor             int
+	witnesses                             string
+	downAfter                             time.Duration
+	weight                                float64
 	listenClient, advertiseClient         string
 	listenPeer, advertisePeer             string
 	listenHTTP                            string
@@ -51,7 +56,10 @@ func (o *startOptions) addClusterFlags(f *pflag.FlagSet) {
 	f.StringVar(&o.name, "name", "n1", "this node's name in its cluster; it never changes")
 	f.StringVar(&o.dataDir, "data-dir", "", `this node's directory, made on the first start (default "./<name>.kvd")`)
 	f.StringVar(&o.peers, "peers", "", "founding nodes and their peer addresses, n1=host:port,n2=host:port,...; the same on all of them (default: this node alone)")
-	f.StringVar(&o.strategy, "strategy", "full", "how keys are replicated: full = every key to every node")
+	f.StringVar(&o.strategy, "strategy", node.StrategyFull, "where keys are: full = every key on every node; consistent = each on as many as --replication-factor says; the same on all nodes")
+	f.IntVar(&o.shards, "shards", node.DefaultShards, "consistent: how many shards the keys are hashed to, for ever; the same on all nodes")
+	f.IntVar(&o.replicationFactor, "replication-factor", node.DefaultReplicationFactor, "consistent: copies of each key; R copies survive R-1 failures, given 2R-1 nodes; the same on all nodes")
+	f.StringVar(&o.witnesses, "witnesses", placement.WitnessesAuto, "consistent: auto = further nodes vote without holding data where that survives more failures; 0 = none; the same on all nodes")
 	f.StringVar(&o.clusterToken, "cluster-token", "kvd", "keeps clusters apart that could reach each other by mistake; the same on all nodes")
 }
 
@@ -59,6 +67,9 @@ func (o *startOptions) AddFlags(f *pflag.FlagSet) {
 	f.SortFlags = false
 	f.StringVar(&o.config, "config", "", "YAML file with settings; its keys are the names of these flags")
 	o.addClusterFlags(f)
+	f.StringVar(&o.join, "join", "", "peer address of any node of a running cluster that this node is to join, host:port; means nothing once it has joined")
+	f.DurationVar(&o.downAfter, "down-after", node.DefaultDownAfter, "consistent: silence after which a node's copies are made anew on other nodes")
+	f.Float64Var(&o.weight, "weight", 1, "consistent: this node's share of the shards, compared with the other nodes'")
 	f.StringVar(&o.listenClient, "listen-client", defaultClient, "address for clients (gRPC)")
 	f.StringVar(&o.advertiseClient, "advertise-client", "", "address that clients are told (default: --listen-client)")
 	f.StringVar(&o.listenPeer, "listen-peer", "", `address for the other nodes (default: this node's in --peers, or "`+defaultPeer+`")`)
@@ -95,6 +106,7 @@ SIGTERM or Ctrl-C hands the leadership over and stops in order; a second one end
 loses nothing either.`,
 		Example: `  kvd start
   kvd start --name n2 --peers n1=10.0.0.1:2380,n2=10.0.0.2:2380,n3=10.0.0.3:2380 --listen-client 10.0.0.2:2379
+  kvd start --name n4 --join 10.0.0.1:2380 --listen-client 10.0.0.4:2379 --listen-peer 10.0.0.4:2380
   kvd start --config /etc/kvd.yaml`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -114,7 +126,8 @@ loses nothing either.`,
 	}
 	o.AddFlags(cmd.Flags())
 	for flag, values := range map[string][]string{
-		"strategy": {"full"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
+		"strategy": {node.StrategyFull, node.StrategyConsistent}, "witnesses": {placement.WitnessesAuto, placement.WitnessesNone},
+		"log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
 	} {
 		if err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)); err != nil {
 			panic(err)
@@ -128,10 +141,27 @@ func (o *startOptions) complete(flags *pflag.FlagSet, getenv func(string) string
 	if err := setFromEnv(flags, getenv); err != nil {
 		return err
 	}
-	if o.config == "" {
+	if o.config != "" {
+		if err := setFromFile(flags, o.config); err != nil {
+			return err
+		}
+	}
+	return o.fitStrategy(flags)
+}
+
+// fitStrategy refuses settings that the strategy has not, and drops their defaults.
+func (o *startOptions) fitStrategy(flags *pflag.FlagSet) error {
+	if o.strategy != node.StrategyFull {
 		return nil
 	}
-	return setFromFile(flags, o.config)
+	for _, name := range []string{"shards", "replication-factor", "witnesses", "weight"} {
+		if f := flags.Lookup(name); f != nil && f.Changed {
+			return usagef("--%s: means nothing with --strategy %s, where every node holds every key: leave it out, or use --strategy %s",
+				name, node.StrategyFull, node.StrategyConsistent)
+		}
+	}
+	o.shards, o.replicationFactor, o.witnesses = 0, 0, ""
+	return nil
 }
 
 func (o *startOptions) logger(out io.Writer) (*slog.Logger, error) {
@@ -156,7 +186,9 @@ func (o *startOptions) nodeConfig() (node.Config, error) {
 		return node.Config{}, err
 	}
 	cfg := node.Config{
-		Name: o.name, DataDir: o.dataDir, ClusterToken: o.clusterToken, Strategy: o.strategy, Peers: peers,
+		Name: o.name, DataDir: o.dataDir, ClusterToken: o.clusterToken, Peers: peers, Join: o.join,
+		Strategy: o.strategy, Shards: o.shards, ReplicationFactor: o.replicationFactor, Witnesses: o.witnesses,
+		DownAfter: o.downAfter, Weight: o.weight,
 		ListenClient: o.listenClient, AdvertiseClient: o.advertiseClient,
 		ListenPeer: o.listenPeer, AdvertisePeer: o.advertisePeer, ListenHTTP: o.listenHTTP,
 		ClientTLS: transport.TLSConfig{CertFile: o.certFile, KeyFile: o.keyFile, TrustedCAFile: o.trustedCAFile, ClientCertAuth: o.clientCertAuth},

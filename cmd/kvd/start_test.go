@@ -6,6 +6,9 @@ import (
 	"maps"
 	"strings"
 	"testing"
+	"time"
+
+	"kvd/node"
 )
 
 func TestParsePeers(t *testing.T) {
@@ -43,6 +46,30 @@ func TestDefaultsOfStart(t *testing.T) {
 		if c.got != c.want {
 			t.Errorf("%s is %q, want %q", c.what, c.got, c.want)
 		}
+	}
+}
+
+func TestStrategiesOfStart(t *testing.T) {
+	of := func(args ...string) node.Config {
+		o, err := resolve(t, args, nil, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg, err := o.nodeConfig()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cfg
+	}
+	if c := of(); c.Shards != 0 || c.ReplicationFactor != 0 || c.Witnesses != "" || c.DownAfter != 30*time.Second || c.Weight != 1 {
+		t.Errorf("full: %+v", c)
+	}
+	if c := of("--strategy", "consistent"); c.Strategy != node.StrategyConsistent || c.Shards != 64 || c.ReplicationFactor != 3 || c.Witnesses != "auto" {
+		t.Errorf("consistent: %+v", c)
+	}
+	c := of("--strategy", "consistent", "--shards", "8", "--replication-factor", "2", "--witnesses", "0", "--down-after", "3s", "--weight", "0.5", "--join", "a:1")
+	if c.Shards != 8 || c.ReplicationFactor != 2 || c.Witnesses != "0" || c.DownAfter != 3*time.Second || c.Weight != 0.5 || c.Join != "a:1" {
+		t.Errorf("all flags: %+v", c)
 	}
 }
 
@@ -86,13 +113,27 @@ func TestBadStart(t *testing.T) {
 		{[]string{"--listen-client", "here"}, "--listen-client"},
 		{[]string{"--strategy", "magic"}, "--strategy"},
 		{[]string{"--name", "a/b"}, "--name"},
+		{[]string{"--peers", "n1=a:1", "--join", "b:1"}, "--join: not together with --peers"},
+		{[]string{"--join", "b"}, `--join: "b" is not host:port`},
+		{[]string{"--strategy", "consistent", "--shards", "0"}, "--shards: 0 is not between 1 and 4096"},
+		{[]string{"--strategy", "consistent", "--shards", "4097"}, "--shards: 4097"},
+		{[]string{"--strategy", "consistent", "--replication-factor", "0"}, "--replication-factor: 0 is not between 1 and 7"},
+		{[]string{"--strategy", "consistent", "--replication-factor", "8"}, "--replication-factor: 8"},
+		{[]string{"--strategy", "consistent", "--witnesses", "2"}, `--witnesses: "2" is neither auto nor 0`},
+		{[]string{"--strategy", "consistent", "--weight", "0"}, "--weight: 0 is not between"},
+		{[]string{"--strategy", "consistent", "--weight", "NaN"}, "--weight: NaN is not between"},
+		{[]string{"--strategy", "consistent", "--down-after", "0s"}, "--down-after: 0s is below 2s"},
+		{[]string{"--down-after", "1s"}, "--down-after: 1s is below 2s"},
+		{[]string{"--shards", "64"}, "--shards: means nothing with --strategy full"},
+		{[]string{"--replication-factor", "3"}, "--replication-factor: means nothing"},
+		{[]string{"--witnesses", "auto"}, "--witnesses: means nothing"},
+		{[]string{"--weight", "2"}, "--weight: means nothing"},
 		{[]string{"--heartbeat-timeout", "1ms"}, "--heartbeat-timeout"},
 	} {
 		o, err := resolve(t, c.args, nil, "")
-		if err != nil {
-			t.Fatal(err)
+		if err == nil {
+			_, err = o.nodeConfig()
 		}
-		_, err = o.nodeConfig()
 		var usage *usageError
 		if !errors.As(err, &usage) || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%v: error %v, want one line with %q", c.args, err, c.want)

@@ -39,21 +39,19 @@ const (
 
 // identity is the body of identity.json.
 type identity struct {
-	Name        string   `json:"name"`
-	Incarnation uint64   `json:"incarnation,string"`
-	ClusterID   uint64   `json:"cluster_id,string"` // 0: not a member yet
-	Replica     string   `json:"replica"`           // of group 0, once a member
-	Token       string   `json:"token"`
-	Strategy    string   `json:"strategy"`
-	Shards      int      `json:"shards"`
-	Founders    []string `json:"founders"` // names of --peers and this node's, when it was last fresh
+	Name        string `json:"name"`
+	Incarnation uint64 `json:"incarnation,string"`
+	ClusterID   uint64 `json:"cluster_id,string"` // 0: not a member yet
+	Replica     string `json:"replica"`           // of group 0, once a member
+	Common
+	Founders []string `json:"founders"` // names of --peers and this node's, when it was last fresh
 }
 
 func (id identity) validate() error {
 	if err := checkName(id.Name); err != nil {
 		return err
 	}
-	if err := checkShared(id.Token, id.Strategy, id.Shards); err != nil {
+	if err := id.Common.validate(); err != nil {
 		return err
 	}
 	if id.Incarnation == 0 || (id.ClusterID == 0) != (id.Replica == "") {
@@ -212,7 +210,7 @@ func (d *Dir) initialise() error {
 func (d *Dir) renew() error {
 	return d.setIdentity(identity{
 		Name: d.set.Name, Incarnation: randomID(),
-		Token: d.set.Token, Strategy: d.set.Strategy, Shards: d.set.Shards, Founders: d.set.names(),
+		Common: d.set.Common, Founders: d.set.names(),
 	})
 }
 
@@ -278,7 +276,7 @@ func (d *Dir) checkSettings() error {
 	if d.set.Name != d.id.Name {
 		return &MismatchError{"--name", d.set.Name, d.id.Name, source, "start it under its own name, or choose another --data-dir"}
 	}
-	err := d.set.compare(d.id.Token, d.id.Strategy, d.id.Shards, source, "start it as before, or choose another --data-dir")
+	err := d.set.compare(d.id.Common, source, "start it as before, or choose another --data-dir")
 	if d.id.ClusterID != 0 || d.record != nil {
 		return err
 	}

@@ -12,11 +12,11 @@ import (
 )
 
 func threeNodes(name string) Settings {
-	return Settings{Name: name, Token: "t", Strategy: "full", Peers: map[string]string{"n1": "a:1", "n2": "b:1", "n3": "c:1"}}
+	return Settings{Name: name, Common: Common{Token: "t", Strategy: "full"}, Peers: map[string]string{"n1": "a:1", "n2": "b:1", "n3": "c:1"}}
 }
 
 func recordFor(d *Dir) *Record {
-	r := &Record{ClusterID: 77, Token: d.set.Token, Strategy: d.set.Strategy, Shards: d.set.Shards}
+	r := &Record{ClusterID: 77, Common: d.set.Common}
 	for _, name := range d.set.names() {
 		incarnation := uint64(5)
 		if name == d.set.Name {
@@ -92,11 +92,13 @@ func TestDirIsLocked(t *testing.T) {
 // A fresh node may change its mind, as a new incarnation; a bound one may not.
 func TestDirRefusesOtherSettings(t *testing.T) {
 	other := map[string]func(*Settings){
-		"--name":          func(s *Settings) { s.Name = "n3" },
-		"--cluster-token": func(s *Settings) { s.Token = "other" },
-		"--strategy":      func(s *Settings) { s.Strategy = "consistent" },
-		"--shards":        func(s *Settings) { s.Shards = 64 },
-		"--peers":         func(s *Settings) { s.Peers = map[string]string{"n1": "a:1", "n2": "b:1"} },
+		"--name":               func(s *Settings) { s.Name = "n3" },
+		"--cluster-token":      func(s *Settings) { s.Token = "other" },
+		"--strategy":           func(s *Settings) { s.Strategy = "consistent" },
+		"--shards":             func(s *Settings) { s.Shards = 64 },
+		"--replication-factor": func(s *Settings) { s.ReplicationFactor = 3 },
+		"--witnesses":          func(s *Settings) { s.Witnesses = "auto" },
+		"--peers":              func(s *Settings) { s.Peers = map[string]string{"n1": "a:1", "n2": "b:1"} },
 	}
 	for _, state := range []string{"fresh", "holding", "member"} {
 		for flag, change := range other {
@@ -195,7 +197,7 @@ func TestDirRefusesWhatIsDamagedOrForeign(t *testing.T) {
 		}, ErrForeign},
 		"other's replicas": {func(t *testing.T, path string) { remove(identityFile)(t, path); remove(recordFile)(t, path) }, ErrCorrupt},
 		"record of another": {func(t *testing.T, path string) {
-			writeBody(t, path, recordFile, &Record{ClusterID: 1, Strategy: "full", Members: []Member{{"n2", 1, "n2/1"}}})
+			writeBody(t, path, recordFile, &Record{ClusterID: 1, Common: Common{Strategy: "full"}, Members: []Member{{"n2", 1, "n2/1"}}})
 		}, ErrCorrupt},
 		"invalid identity": {func(t *testing.T, path string) {
 			writeBody(t, path, identityFile, identity{Name: "n2", Incarnation: 1, ClusterID: 77})
@@ -367,22 +369,23 @@ func TestSettingsValidate(t *testing.T) {
 	}
 	long := strings.Repeat("x", MaxAddressBytes+1)
 	for want, s := range map[string]Settings{
-		"--name":          {Name: "a b", Strategy: "full"},
-		"--name:":         {Name: strings.Repeat("n", 64), Strategy: "full"},
-		"--strategy":      {Name: "n1"},
-		"--cluster-token": {Name: "n1", Strategy: "full", Token: long},
-		"--shards":        {Name: "n1", Strategy: "full", Shards: -1},
-		"--peers":         {Name: "n1", Strategy: "full", Peers: map[string]string{"n2": ""}},
-		"--peers:":        {Name: "n1", Strategy: "full", Peers: map[string]string{"n2": long}},
-		"--peers: ":       {Name: "n1", Strategy: "full", Peers: map[string]string{"/": "a:1"}},
-		"n2 and n3":       {Name: "n1", Strategy: "full", Peers: map[string]string{"n2": "a:1", "n3": "a:1"}},
-		"129 nodes":       {Name: "n1", Strategy: "full", Peers: many},
+		"--name":               {Name: "a b", Common: Common{Strategy: "full"}},
+		"--name:":              {Name: strings.Repeat("n", 64), Common: Common{Strategy: "full"}},
+		"--strategy":           {Name: "n1"},
+		"--cluster-token":      {Name: "n1", Common: Common{Token: long, Strategy: "full"}},
+		"--shards":             {Name: "n1", Common: Common{Strategy: "full", Shards: -1}},
+		"--replication-factor": {Name: "n1", Common: Common{Strategy: "full", ReplicationFactor: 8}},
+		"--peers":              {Name: "n1", Common: Common{Strategy: "full"}, Peers: map[string]string{"n2": ""}},
+		"--peers:":             {Name: "n1", Common: Common{Strategy: "full"}, Peers: map[string]string{"n2": long}},
+		"--peers: ":            {Name: "n1", Common: Common{Strategy: "full"}, Peers: map[string]string{"/": "a:1"}},
+		"n2 and n3":            {Name: "n1", Common: Common{Strategy: "full"}, Peers: map[string]string{"n2": "a:1", "n3": "a:1"}},
+		"129 nodes":            {Name: "n1", Common: Common{Strategy: "full"}, Peers: many},
 	} {
 		if err := s.Validate(); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), want) {
 			t.Errorf("want %s, got %v", want, err)
 		}
 	}
-	good := Settings{Name: "n1", Strategy: "full", Peers: map[string]string{"n1": "a:1", "n2": "b:1"}}
+	good := Settings{Name: "n1", Common: Common{Strategy: "full"}, Peers: map[string]string{"n1": "a:1", "n2": "b:1"}}
 	if err := good.Validate(); err != nil {
 		t.Error(err)
 	}

@@ -250,7 +250,7 @@ func (f *Formation) CompleteRejoin(resp RejoinResponse) (Outcome, error) {
 		return Outcome{}, fmt.Errorf("%w: rejoin gave this node the replica %s", ErrInvalid, resp.Replica)
 	}
 	if r := resp.Record; r != nil {
-		if err := f.machine.set.compare(r.Token, r.Strategy, r.Shards, "the cluster", "start it with the cluster's"); err != nil {
+		if err := f.machine.set.compare(r.Common, "the cluster", "start it with the cluster's"); err != nil {
 			return Outcome{}, err
 		}
 	}

@@ -184,7 +184,7 @@ func (h *host) rejoin(f *Formation, out Outcome) (Outcome, error) {
 	if record == nil || up <= len(record.Members)/2 {
 		return Outcome{}, nil
 	}
-	judge := Cluster{record.ClusterID, record.Token, record.Strategy, record.Shards, record.Members, func(m Member) bool { return reporting[m.Incarnation] }}
+	judge := Cluster{record.ClusterID, record.Common, record.Members, func(m Member) bool { return reporting[m.Incarnation] }}
 	payload, err := NewRejoinRequest(f.cfg.Dir, *out.Rejoin).Encode()
 	if err != nil {
 		return Outcome{}, err
@@ -299,7 +299,7 @@ func peersOf(n int) map[string]string {
 
 func (c *cluster) addAll(n int) (hosts []*host) {
 	for i := range n {
-		set := Settings{Name: fmt.Sprintf("n%d", i+1), Token: "t", Strategy: "full", Peers: peersOf(n)}
+		set := Settings{Name: fmt.Sprintf("n%d", i+1), Common: Common{Token: "t", Strategy: "full"}, Peers: peersOf(n)}
 		hosts = append(hosts, c.add(set.Peers[set.Name], set))
 	}
 	return hosts
@@ -363,6 +363,8 @@ func TestFormationMistakes(t *testing.T) {
 		"other token":       {func(s *Settings) { s.Token = "u" }, "--cluster-token"},
 		"other strategy":    {func(s *Settings) { s.Strategy = "consistent" }, "--strategy"},
 		"other shards":      {func(s *Settings) { s.Shards = 64 }, "--shards"},
+		"other replication": {func(s *Settings) { s.ReplicationFactor = 2 }, "--replication-factor"},
+		"other witnesses":   {func(s *Settings) { s.Witnesses = "0" }, "--witnesses"},
 		"one peer more":     {func(s *Settings) { s.Peers = more }, "--peers"},
 		"one peer fewer":    {func(s *Settings) { s.Peers = maps.Clone(s.Peers); delete(s.Peers, fewer[s.Name]) }, "--peers"},
 		"swapped addresses": {func(s *Settings) { s.Peers = swapped }, "--peers"},
@@ -393,7 +395,7 @@ func TestFormationMistakes(t *testing.T) {
 						t.Errorf("nobody names %s", c.flag)
 					}
 					for i, h := range hosts {
-						h.set = Settings{Name: fmt.Sprintf("n%d", i+1), Token: "t", Strategy: "full", Peers: peersOf(3)}
+						h.set = Settings{Name: fmt.Sprintf("n%d", i+1), Common: Common{Token: "t", Strategy: "full"}, Peers: peersOf(3)}
 					}
 					net.heal(hosts)
 					for _, h := range hosts {
@@ -456,7 +458,7 @@ func TestFormationAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, 1)
 		defer c.stopAll()
-		h := c.add("host1:1", Settings{Name: "n1", Strategy: "full"})
+		h := c.add("host1:1", Settings{Name: "n1", Common: Common{Strategy: "full"}})
 		begin := time.Now()
 		h.start(nil)
 		synctest.Wait()
@@ -485,9 +487,9 @@ func TestFormationMeetsACluster(t *testing.T) {
 		time.Sleep(3 * time.Second)
 		synctest.Wait()
 		cluster := hosts[0].outcome.ClusterID
-		stranger := c.add("host4:1", Settings{Name: "n4", Token: "t", Strategy: "full", Peers: peersOf(4)})
+		stranger := c.add("host4:1", Settings{Name: "n4", Common: Common{Token: "t", Strategy: "full"}, Peers: peersOf(4)})
 		stranger.start(nil)
-		badToken := c.add("host5:1", Settings{Name: "n5", Token: "other", Strategy: "full", Peers: peersOf(5)})
+		badToken := c.add("host5:1", Settings{Name: "n5", Common: Common{Token: "other", Strategy: "full"}, Peers: peersOf(5)})
 		badToken.start(nil)
 		time.Sleep(3 * time.Second)
 		synctest.Wait()
@@ -506,9 +508,9 @@ func TestFormationMeetsACluster(t *testing.T) {
 		if o := alone.outcome; o == nil || o.ClusterID != cluster || o.Founder || o.Replica != "n1/2" || o.Record == nil {
 			t.Errorf("the wiped node: %+v, %v", alone.outcome, alone.err)
 		}
-		elsewhere := c.add("host6:1", Settings{Name: "n6", Strategy: "full", Token: "t"})
+		elsewhere := c.add("host6:1", Settings{Name: "n6", Common: Common{Token: "t", Strategy: "full"}})
 		elsewhere.start(nil)
-		lost := c.add("host7:1", Settings{Name: "n3", Strategy: "full", Token: "t", Peers: map[string]string{"n2": "host2:1", "n6": "host6:1"}})
+		lost := c.add("host7:1", Settings{Name: "n3", Common: Common{Token: "t", Strategy: "full"}, Peers: map[string]string{"n2": "host2:1", "n6": "host6:1"}})
 		time.Sleep(time.Second)
 		lost.start(nil)
 		time.Sleep(time.Second)
@@ -528,7 +530,7 @@ func TestFormationRefusesADirectoryOfAnotherCluster(t *testing.T) {
 		for _, h := range c.addAll(3) {
 			h.start(nil)
 		}
-		alone := c.add("host4:1", Settings{Name: "n1", Token: "t", Strategy: "full"})
+		alone := c.add("host4:1", Settings{Name: "n1", Common: Common{Token: "t", Strategy: "full"}})
 		alone.start(nil)
 		time.Sleep(3 * time.Second)
 		synctest.Wait()
@@ -577,7 +579,7 @@ var unreachable askerFunc = func(context.Context) ([]byte, error) { return nil, 
 // Each question has a deadline, and only so many are out at a time.
 func TestFormationBoundsItsQuestions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		d := mustOpen(t, t.TempDir(), Settings{Name: "n1", Strategy: "full", Peers: peersOf(20)})
+		d := mustOpen(t, t.TempDir(), Settings{Name: "n1", Common: Common{Strategy: "full"}, Peers: peersOf(20)})
 		defer d.Close()
 		var mu sync.Mutex
 		out, most := 0, 0

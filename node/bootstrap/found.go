@@ -17,7 +17,7 @@ func Found(path string, set Settings) (*Dir, *Record, error) {
 	if d.ClusterID() != 0 || d.record != nil {
 		return nil, nil, errors.Join(fmt.Errorf("data directory %s: %w: it belongs to a cluster", path, ErrInvalid), d.Close())
 	}
-	r := &Record{ClusterID: randomID(), Token: set.Token, Strategy: set.Strategy, Shards: set.Shards}
+	r := &Record{ClusterID: randomID(), Common: set.Common}
 	for _, name := range set.names() {
 		m := Member{Name: name, Incarnation: randomID(), Replica: ReplicaID(name, 1)}
 		if name == set.Name {

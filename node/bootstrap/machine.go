@@ -87,7 +87,7 @@ func (m *machine) seen() []Seen {
 func (m *machine) status(members []Member) *Status {
 	s := &Status{
 		Version: protocolVersion, Name: m.set.Name, Incarnation: m.id.Incarnation,
-		Token: m.set.Token, Strategy: m.set.Strategy, Shards: m.set.Shards, Founders: m.set.names(),
+		Common: m.set.Common, Founders: m.set.names(),
 		View: m.seen(), Record: m.record, ClusterID: m.id.ClusterID,
 	}
 	if s.ClusterID != 0 {
@@ -157,7 +157,7 @@ func (m *machine) check(name string, s *Status) error {
 	if s.Name != name {
 		return &MismatchError{"--peers", name, s.Name, "the node at " + m.set.Peers[name], "correct its address"}
 	}
-	err := m.set.compare(s.Token, s.Strategy, s.Shards, m.source(name), "start all nodes with the same value")
+	err := m.set.compare(s.Common, m.source(name), "start all nodes with the same value")
 	if err == nil && s.ClusterID == 0 && !slices.Equal(s.Founders, m.set.names()) {
 		err = &MismatchError{"--peers", strings.Join(m.set.names(), ","), strings.Join(s.Founders, ","), m.source(name), "start all nodes with the same names"}
 	}
@@ -294,7 +294,7 @@ func viewDifference(own, theirs []Seen) string {
 }
 
 func (m *machine) newRecord() *Record {
-	r := &Record{ClusterID: randomID(), Token: m.set.Token, Strategy: m.set.Strategy, Shards: m.set.Shards}
+	r := &Record{ClusterID: randomID(), Common: m.set.Common}
 	for _, s := range m.seen() {
 		r.Members = append(r.Members, Member{s.Name, s.Incarnation, ReplicaID(s.Name, 1)})
 	}

@@ -49,7 +49,7 @@ func newWorld(n int, planted faults) *world {
 	for i := range n {
 		node := &modelNode{}
 		node.m.faults = planted
-		node.m.set = Settings{Name: fmt.Sprintf("n%d", i+1), Token: "t", Strategy: "full", Peers: peers}
+		node.m.set = Settings{Name: fmt.Sprintf("n%d", i+1), Common: Common{Token: "t", Strategy: "full"}, Peers: peers}
 		w.nodes = append(w.nodes, node)
 		w.reborn(node)
 	}
@@ -59,7 +59,7 @@ func newWorld(n int, planted faults) *world {
 // reborn gives the node an empty directory.
 func (w *world) reborn(n *modelNode) {
 	w.inc++
-	n.m.id = identity{Name: n.m.set.Name, Incarnation: w.inc, Token: "t", Strategy: "full"}
+	n.m.id = identity{Name: n.m.set.Name, Incarnation: w.inc, Common: Common{Token: "t", Strategy: "full"}}
 	n.m.record = nil
 	w.restart(n)
 }
@@ -506,7 +506,7 @@ func TestFormationModelNoticesFaults(t *testing.T) {
 
 // A node that held its record while the others went on without it.
 func TestFormationComesLate(t *testing.T) {
-	record := &Record{ClusterID: 7, Token: "t", Strategy: "full", Members: []Member{{"n1", 1, "n1/1"}, {"n2", 2, "n2/1"}, {"n3", 3, "n3/1"}}}
+	record := &Record{ClusterID: 7, Common: Common{Token: "t", Strategy: "full"}, Members: []Member{{"n1", 1, "n1/1"}, {"n2", 2, "n2/1"}, {"n3", 3, "n3/1"}}}
 	m := machine{set: threeNodes("n2"), id: identity{Name: "n2", Incarnation: 2}, record: record}
 	peer := func(members []Member) answer {
 		return answer{status: &Status{Name: "n1", Incarnation: 1, Record: record, ClusterID: 7, Members: members}}

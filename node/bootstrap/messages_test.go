@@ -15,12 +15,12 @@ import (
 func quiet() *slog.Logger { return slog.New(slog.NewTextHandler(io.Discard, nil)) }
 
 func goodRecord() *Record {
-	return &Record{ClusterID: 7, Token: "t", Strategy: "full", Members: []Member{{"n1", 1, "n1/1"}, {"n2", 2, "n2/1"}}}
+	return &Record{ClusterID: 7, Common: Common{Token: "t", Strategy: "full"}, Members: []Member{{"n1", 1, "n1/1"}, {"n2", 2, "n2/1"}}}
 }
 
 func goodStatus() *Status {
 	return &Status{
-		Version: 1, Name: "n1", Incarnation: 1, Token: "t", Strategy: "full", Founders: []string{"n1", "n2"},
+		Version: 1, Name: "n1", Incarnation: 1, Common: Common{Token: "t", Strategy: "full"}, Founders: []string{"n1", "n2"},
 		View: []Seen{{"n1", 1}, {"n2", 2}}, Record: goodRecord(), ClusterID: 7, Members: goodRecord().Members,
 	}
 }
@@ -46,6 +46,8 @@ func TestStatusCodec(t *testing.T) {
 		"token":                func(s *Status) { s.Token = long },
 		"strategy":             func(s *Status) { s.Strategy = "" },
 		"shards":               func(s *Status) { s.Shards = MaxShards + 1 },
+		"replication factor":   func(s *Status) { s.ReplicationFactor = MaxReplicas + 1 },
+		"witnesses":            func(s *Status) { s.Witnesses = strings.Repeat("w", 64) },
 		"founders":             func(s *Status) { s.Founders = make([]string, MaxMembers+1) },
 		"founders order":       func(s *Status) { s.Founders = []string{"n2", "n1"} },
 		"founder name":         func(s *Status) { s.Founders = []string{""} },
@@ -97,7 +99,7 @@ func TestLargestStatusFits(t *testing.T) {
 		s.View = append(s.View, Seen{name, 1<<64 - 1})
 		s.Members = append(s.Members, Member{name, 1<<64 - 1, ReplicaID(name, 1<<64-1)})
 	}
-	s.Name, s.Record = s.Founders[0], &Record{ClusterID: 7, Token: s.Token, Strategy: "full", Members: s.Members}
+	s.Name, s.Record = s.Founders[0], &Record{ClusterID: 7, Common: Common{Token: s.Token, Strategy: "full"}, Members: s.Members}
 	payload, err := encodeMessage(s)
 	if err == nil {
 		_, err = decodeStatus(payload)
@@ -109,7 +111,7 @@ func TestLargestStatusFits(t *testing.T) {
 
 func FuzzMessages(f *testing.F) {
 	good, _ := encodeMessage(goodStatus())
-	rejoin, _ := RejoinRequest{7, "n1", 3, "t", "full", 0}.Encode()
+	rejoin, _ := RejoinRequest{7, "n1", 3, Common{Token: "t", Strategy: "full"}}.Encode()
 	response, _ := RejoinResponse{ClusterID: 7, Replica: "n1/2", Record: goodRecord()}.Encode()
 	for _, seed := range [][]byte{good, rejoin, response, []byte("{}"), []byte("[1]"), nil} {
 		f.Add(seed)
@@ -186,7 +188,7 @@ func TestHandleAskTellsPresentMembers(t *testing.T) {
 
 func TestRejoinIsJudged(t *testing.T) {
 	alive := map[uint64]bool{2: true}
-	cluster := Cluster{7, "t", "full", 0, goodRecord().Members, func(m Member) bool { return alive[m.Incarnation] }}
+	cluster := Cluster{7, Common{Token: "t", Strategy: "full"}, goodRecord().Members, func(m Member) bool { return alive[m.Incarnation] }}
 	for name, c := range map[string]struct {
 		change  func(*RejoinRequest)
 		reason  Reason
@@ -198,10 +200,12 @@ func TestRejoinIsJudged(t *testing.T) {
 		"other cluster":       {func(r *RejoinRequest) { r.ClusterID = 8 }, OtherCluster, false, false},
 		"other token":         {func(r *RejoinRequest) { r.Token = "u" }, OtherSettings, false, false},
 		"other shards":        {func(r *RejoinRequest) { r.Shards = 3 }, OtherSettings, false, false},
+		"other replication":   {func(r *RejoinRequest) { r.ReplicationFactor = 3 }, OtherSettings, false, false},
+		"other witnesses":     {func(r *RejoinRequest) { r.Witnesses = "0" }, OtherSettings, false, false},
 		"unknown":             {func(r *RejoinRequest) { r.Name = "n3" }, UnknownName, false, false},
 		"the old one reports": {func(r *RejoinRequest) { r.Name = "n2" }, StillReports, true, false},
 	} {
-		r := RejoinRequest{7, "n1", 99, "t", "full", 0}
+		r := RejoinRequest{7, "n1", 99, Common{Token: "t", Strategy: "full"}}
 		c.change(&r)
 		payload, err := r.Encode()
 		if err != nil {
@@ -290,7 +294,10 @@ func TestReplicaIDs(t *testing.T) {
 	if node, number, err := ParseReplicaID(ReplicaID("n1", 12)); err != nil || node != "n1" || number != 12 {
 		t.Fatal(node, number, err)
 	}
-	for _, id := range []string{"", "n1", "n1/", "n1/0", "n1/01", "n1/+1", "/1", "n1/1/1", "a b/1", "n1/18446744073709551616"} {
+	if node, number, err := ParseReplicaID("n1w/7w"); err != nil || node != "n1w" || number != 7 {
+		t.Fatal(node, number, err)
+	}
+	for _, id := range []string{"", "w", "n1/w", "n1/1ww", "n1/1W", "n1/0w", "n1", "n1/", "n1/0", "n1/01", "n1/+1", "/1", "n1/1/1", "a b/1", "n1/18446744073709551616"} {
 		if _, _, err := ParseReplicaID(id); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%q is accepted", id)
 		}

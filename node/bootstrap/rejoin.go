@@ -8,14 +8,12 @@ type RejoinRequest struct {
 	ClusterID   uint64 `json:"cluster_id,string"` // that it was told of
 	Name        string `json:"name"`
 	Incarnation uint64 `json:"incarnation,string"` // the new one
-	Token       string `json:"token"`
-	Strategy    string `json:"strategy"`
-	Shards      int    `json:"shards"`
+	Common
 }
 
 // NewRejoinRequest is the request of the node that d belongs to.
 func NewRejoinRequest(d *Dir, r Rejoin) RejoinRequest {
-	return RejoinRequest{r.ClusterID, d.set.Name, d.Incarnation(), d.set.Token, d.set.Strategy, d.set.Shards}
+	return RejoinRequest{r.ClusterID, d.set.Name, d.Incarnation(), d.set.Common}
 }
 
 // Encode makes the payload of a question.
@@ -30,7 +28,7 @@ func DecodeRejoinRequest(payload []byte) (RejoinRequest, error) {
 	if err := checkName(r.Name); err != nil {
 		return r, err
 	}
-	if err := checkShared(r.Token, r.Strategy, r.Shards); err != nil {
+	if err := r.Common.validate(); err != nil {
 		return r, err
 	}
 	if r.ClusterID == 0 || r.Incarnation == 0 {
@@ -44,7 +42,7 @@ type Reason string
 
 const (
 	OtherCluster  Reason = "OTHER_CLUSTER"  // the member asked is not in that cluster
-	OtherSettings Reason = "OTHER_SETTINGS" // token, strategy or shards differ; the detail names the flag
+	OtherSettings Reason = "OTHER_SETTINGS" // a setting that all members have in common differs; the detail names the flag
 	UnknownName   Reason = "UNKNOWN_NAME"   // no member has that name
 	StillReports  Reason = "STILL_REPORTS"  // the member's present incarnation is alive: two nodes with one name, or it died a moment ago
 	NotNow        Reason = "NOT_NOW"        // no leader, no quorum, another change in flight
@@ -123,9 +121,7 @@ func (r RejoinResponse) validate() error {
 // Cluster is what the leader of group 0 knows when it judges a rejoin.
 type Cluster struct {
 	ClusterID uint64
-	Token     string
-	Strategy  string
-	Shards    int
+	Common
 	Members   []Member          // now, in the order of their names
 	Reporting func(Member) bool // whether that incarnation has reported lately; only the leader's own observation counts
 }
@@ -136,8 +132,7 @@ func (c Cluster) Judge(r RejoinRequest) (member Member, already bool, refusal *R
 	if r.ClusterID != c.ClusterID {
 		return Member{}, false, &RefusedError{OtherCluster, fmt.Sprintf("this is cluster %016x, not %016x", c.ClusterID, r.ClusterID)}
 	}
-	asked := Settings{Token: r.Token, Strategy: r.Strategy, Shards: r.Shards}
-	if err := asked.compare(c.Token, c.Strategy, c.Shards, "the cluster", "start it with the cluster's"); err != nil {
+	if err := r.compare(c.Common, "the cluster", "start it with the cluster's"); err != nil {
 		return Member{}, false, &RefusedError{OtherSettings, err.Error()}
 	}
 	m, known := findMember(c.Members, r.Name)

@@ -15,7 +15,8 @@ const (
 	MaxTokenBytes   = 128
 	MaxAddressBytes = 256
 	MaxMembers      = 128
-	MaxShards       = 1 << 16
+	MaxShards       = 4096
+	MaxReplicas     = 7 // data replicas of a shard
 )
 
 // Why formation or a setting was refused. Every error of this package that a user can act on is one line.
@@ -52,11 +53,19 @@ func (e *MismatchError) Is(target error) bool { return target == ErrMismatch }
 
 // Settings are what an operator says about a node and its cluster.
 type Settings struct {
-	Name     string
-	Token    string            // cluster token: tells apart clusters that could reach each other by mistake
-	Strategy string            // "full", "consistent"
-	Shards   int               // 0 where the strategy has none
-	Peers    map[string]string // name -> peer address of all founding members; may include Name; empty: this node alone
+	Name string
+	Common
+	Peers map[string]string // name -> peer address of all founding members; may include Name; empty: this node alone
+}
+
+// Common are the settings that all members of a cluster have in common. The last three are zero where the strategy
+// has no shards.
+type Common struct {
+	Token             string `json:"token"`    // tells apart clusters that could reach each other by mistake
+	Strategy          string `json:"strategy"` // "full", "consistent"
+	Shards            int    `json:"shards"`
+	ReplicationFactor int    `json:"replication_factor,omitempty"`
+	Witnesses         string `json:"witnesses,omitempty"` // "auto", "0"
 }
 
 // Validate reports the first malformed setting, by its flag. The error is an ErrInvalid.
@@ -64,7 +73,7 @@ func (s Settings) Validate() error {
 	if err := checkName(s.Name); err != nil {
 		return fmt.Errorf("--name: %w", err)
 	}
-	if err := checkShared(s.Token, s.Strategy, s.Shards); err != nil {
+	if err := s.Common.validate(); err != nil {
 		return err
 	}
 	if n := len(s.names()); n > MaxMembers {
@@ -87,15 +96,22 @@ func (s Settings) Validate() error {
 	return nil
 }
 
-func checkShared(token, strategy string, shards int) error {
-	if len(token) > MaxTokenBytes {
+// validate reports the first value that is out of bounds, by its flag. The error is an ErrInvalid.
+func (c Common) validate() error {
+	if len(c.Token) > MaxTokenBytes {
 		return fmt.Errorf("--cluster-token: %w: longer than %d bytes", ErrInvalid, MaxTokenBytes)
 	}
-	if err := checkName(strategy); err != nil {
+	if err := checkName(c.Strategy); err != nil {
 		return fmt.Errorf("--strategy: %w", err)
 	}
-	if shards < 0 || shards > MaxShards {
-		return fmt.Errorf("--shards: %w: %d is not within 0 and %d", ErrInvalid, shards, MaxShards)
+	if c.Shards < 0 || c.Shards > MaxShards {
+		return fmt.Errorf("--shards: %w: %d is not within 0 and %d", ErrInvalid, c.Shards, MaxShards)
+	}
+	if c.ReplicationFactor < 0 || c.ReplicationFactor > MaxReplicas {
+		return fmt.Errorf("--replication-factor: %w: %d is not within 0 and %d", ErrInvalid, c.ReplicationFactor, MaxReplicas)
+	}
+	if len(c.Witnesses) > MaxNameBytes {
+		return fmt.Errorf("--witnesses: %w: longer than %d bytes", ErrInvalid, MaxNameBytes)
 	}
 	return nil
 }
@@ -109,15 +125,17 @@ func (s Settings) names() []string {
 	return slices.Sorted(maps.Keys(all))
 }
 
-// compare reports the first cluster-wide setting in which there differs from s.
-func (s Settings) compare(token, strategy string, shards int, source, advice string) error {
-	for _, c := range []struct{ flag, here, there string }{
-		{"--cluster-token", s.Token, token},
-		{"--strategy", s.Strategy, strategy},
-		{"--shards", strconv.Itoa(s.Shards), strconv.Itoa(shards)},
+// compare reports the first setting in which there differs from c.
+func (c Common) compare(there Common, source, advice string) error {
+	for _, s := range []struct{ flag, here, there string }{
+		{"--cluster-token", c.Token, there.Token},
+		{"--strategy", c.Strategy, there.Strategy},
+		{"--shards", strconv.Itoa(c.Shards), strconv.Itoa(there.Shards)},
+		{"--replication-factor", strconv.Itoa(c.ReplicationFactor), strconv.Itoa(there.ReplicationFactor)},
+		{"--witnesses", c.Witnesses, there.Witnesses},
 	} {
-		if c.here != c.there {
-			return &MismatchError{c.flag, c.here, c.there, source, advice}
+		if s.here != s.there {
+			return &MismatchError{s.flag, s.here, s.there, source, advice}
 		}
 	}
 	return nil
@@ -138,11 +156,13 @@ func checkName(name string) error {
 // ReplicaID names a node's n-th replica of a group, "n1/1". Such an id is never used twice.
 func ReplicaID(node string, number uint64) string { return node + "/" + strconv.FormatUint(number, 10) }
 
-// ParseReplicaID is the reverse of ReplicaID; it accepts only what ReplicaID makes, with number >= 1.
+// ParseReplicaID is the reverse of ReplicaID; it accepts only what ReplicaID makes, with number >= 1, and the same with
+// a "w" at the end: a witness's id.
 func ParseReplicaID(id string) (node string, number uint64, err error) {
-	node, digits, _ := strings.Cut(id, "/")
+	data := strings.TrimSuffix(id, "w")
+	node, digits, _ := strings.Cut(data, "/")
 	number, err = strconv.ParseUint(digits, 10, 64)
-	if err != nil || number == 0 || checkName(node) != nil || ReplicaID(node, number) != id {
+	if err != nil || number == 0 || checkName(node) != nil || ReplicaID(node, number) != data {
 		return "", 0, fmt.Errorf("%w: %.100q is not a replica id", ErrInvalid, id)
 	}
 	return node, number, nil
@@ -195,11 +215,9 @@ func findMember(members []Member, name string) (Member, bool) {
 // Record is what founds a cluster. It never changes once it is written, and all founding members hold the
 // same one. It is shared by pointer and must not be modified.
 type Record struct {
-	ClusterID uint64   `json:"cluster_id,string"` // random, never 0
-	Token     string   `json:"token"`
-	Strategy  string   `json:"strategy"`
-	Shards    int      `json:"shards"`
-	Members   []Member `json:"members"` // in the order of their names
+	ClusterID uint64 `json:"cluster_id,string"` // random, never 0
+	Common
+	Members []Member `json:"members"` // in the order of their names
 }
 
 // Member returns the founding member of that name.
@@ -220,15 +238,14 @@ func (r *Record) Validate() error {
 	if r.ClusterID == 0 || len(r.Members) == 0 {
 		return fmt.Errorf("%w: a bootstrap record without cluster id or members", ErrInvalid)
 	}
-	if err := checkShared(r.Token, r.Strategy, r.Shards); err != nil {
+	if err := r.Common.validate(); err != nil {
 		return err
 	}
 	return validateMembers(r.Members)
 }
 
 func (r *Record) equal(other *Record) bool {
-	return r.ClusterID == other.ClusterID && r.Token == other.Token && r.Strategy == other.Strategy &&
-		r.Shards == other.Shards && slices.Equal(r.Members, other.Members)
+	return r.ClusterID == other.ClusterID && r.Common == other.Common && slices.Equal(r.Members, other.Members)
 }
 
 func (r *Record) names() []string {

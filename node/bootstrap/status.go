@@ -31,17 +31,15 @@ type statusRequest struct {
 
 // Status is the answer: what a node durably is, and whom it has heard.
 type Status struct {
-	Version     int      `json:"version"`
-	Name        string   `json:"name"`
-	Incarnation uint64   `json:"incarnation,string"`
-	Token       string   `json:"token"`
-	Strategy    string   `json:"strategy"`
-	Shards      int      `json:"shards"`
-	Founders    []string `json:"founders"`          // names of its --peers and its own, in order
-	View        []Seen   `json:"view,omitempty"`    // the peers it heard, itself included
-	Record      *Record  `json:"record,omitempty"`  // held, if any
-	ClusterID   uint64   `json:"cluster_id,string"` // 0: not a member
-	Members     []Member `json:"members,omitempty"` // of a member: the present members as far as it knows; empty: unknown
+	Version     int    `json:"version"`
+	Name        string `json:"name"`
+	Incarnation uint64 `json:"incarnation,string"`
+	Common
+	Founders  []string `json:"founders"`          // names of its --peers and its own, in order
+	View      []Seen   `json:"view,omitempty"`    // the peers it heard, itself included
+	Record    *Record  `json:"record,omitempty"`  // held, if any
+	ClusterID uint64   `json:"cluster_id,string"` // 0: not a member
+	Members   []Member `json:"members,omitempty"` // of a member: the present members as far as it knows; empty: unknown
 }
 
 // Seen is the incarnation that answered last at the address of a name.
@@ -64,7 +62,7 @@ func (s *Status) validate() error {
 	if err := checkName(s.Name); err != nil {
 		return err
 	}
-	if err := checkShared(s.Token, s.Strategy, s.Shards); err != nil {
+	if err := s.Common.validate(); err != nil {
 		return err
 	}
 	if s.Incarnation == 0 || len(s.Founders) > MaxMembers || len(s.View) > MaxMembers || !slices.IsSorted(s.Founders) {
@@ -96,7 +94,7 @@ func (s *Status) validateCluster() error {
 	if s.ClusterID != 0 && s.ClusterID != s.Record.ClusterID || s.ClusterID == 0 && !s.Record.Names(s.Name, s.Incarnation) {
 		return fmt.Errorf("%w: %s holds a record that is not its own", ErrInvalid, s.Name)
 	}
-	if s.Record.Token != s.Token || s.Record.Strategy != s.Strategy || s.Record.Shards != s.Shards {
+	if s.Record.Common != s.Common {
 		return fmt.Errorf("%w: %s holds a record of other settings", ErrInvalid, s.Name)
 	}
 	return nil
