@@ -162,7 +162,7 @@ func (a *application) begin(i int) *writer {
 	a.reads.free = freeReadBytes
 	a.writer.meter = &a.reads
 	if a.entry.floor != 0 {
-		a.writer.next = a.entry.floor + int64(i)
+		a.writer.reserve(a.entry.floor + int64(i))
 	}
 	if c.isPut {
 		a.writer.response, a.puts = &a.puts[0], a.puts[1:]

@@ -61,8 +61,9 @@ func (b *EntryBuilder) Add(r Request) {
 	b.count++
 }
 
-// SetFloor says that the entry's requests use the revisions from floor on, which were reserved in term. Floor 0,
-// the default, uses the next revisions.
+// SetFloor says that the entry's requests use the revisions from floor on, one each, which were reserved in term;
+// those of requests that change nothing stay unused, except a compaction's. What is a future revision is judged
+// against the request's own. Floor 0, the default, uses the next revisions.
 func (b *EntryBuilder) SetFloor(floor int64, term uint64) { b.floor, b.term = floor, term }
 
 // Count is the number of requests added.

@@ -249,3 +249,112 @@ func TestFloor(t *testing.T) {
 		t.Errorf("revision %d, %v", s.Revision(User), err)
 	}
 }
+
+func entryAt(t testing.TB, floor int64, term uint64, messages ...proto.Message) []byte {
+	t.Helper()
+	var b EntryBuilder
+	b.SetFloor(floor, term)
+	for _, m := range messages {
+		b.Add(request(t, m))
+	}
+	return b.Bytes()
+}
+
+// applyAt applies messages as the next entry, with reserved revisions.
+func applyAt(t testing.TB, s *Store, floor int64, messages ...proto.Message) []Result {
+	t.Helper()
+	results, err := s.Apply(s.AppliedIndex()+1, 1, entryAt(t, floor, 1, messages...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return results
+}
+
+func rangeAt(key string, rev int64) *pb.TxnRequest {
+	return &pb.TxnRequest{Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestRange{
+		RequestRange: &pb.RangeRequest{Key: []byte(key), Revision: rev},
+	}}}}
+}
+
+func TestReadsInAnEntryWithAFloorAreJudgedByTheirOwnRevision(t *testing.T) {
+	s := open(t, testConfig(tempPath(t)))
+	applyAt(t, s, 10, put("a", "old"))
+	results := applyAt(t, s, 100,
+		rangeAt("a", 99),
+		rangeAt("a", 100), // its own is 101, so that 100 has been
+		rangeAt("a", 102),
+		put("a", "new"), // 103
+		rangeAt("a", 102),
+		rangeAt("a", 103),
+		rangeAt("a", 105),
+		&pb.TxnRequest{Success: append([]*pb.RequestOp{putOp(put("a", "last"))}, rangeAt("a", 106).Success...)}, // 107
+		rangeAt("a", 0),
+	)
+	want := []string{"old", "old", "", "", "old", "new", "new", "", "last"}
+	header := []int64{99, 100, 0, 103, 103, 104, 105, 107, 107}
+	for i, r := range results {
+		if i == 2 {
+			if !errors.Is(r.Err, ErrFutureRevision) {
+				t.Errorf("request %d: %v", i, r)
+			}
+			continue
+		}
+		if r.Err != nil {
+			t.Errorf("request %d: %v", i, r.Err)
+			continue
+		}
+		if rev := r.Response.(interface{ GetHeader() *pb.ResponseHeader }).GetHeader().GetRevision(); rev != header[i] {
+			t.Errorf("request %d: header has revision %d, want %d", i, rev, header[i])
+		}
+		if txn, ok := r.Response.(*pb.TxnResponse); ok && len(txn.Responses) == 1 {
+			if kvs := txn.Responses[0].GetResponseRange().Kvs; len(kvs) != 1 || string(kvs[0].Value) != want[i] {
+				t.Errorf("request %d: %v, want %q", i, kvs, want[i])
+			}
+		}
+	}
+	if kvs := results[7].Response.(*pb.TxnResponse).Responses[1].GetResponseRange().Kvs; string(kvs[0].Value) != "new" {
+		t.Errorf("a transaction that reads below its own change sees %v", kvs)
+	}
+	if rev := s.Revision(User); rev != 107 {
+		t.Errorf("revision %d: reads used up theirs", rev)
+	}
+}
+
+func TestCompactionWithAFloorUsesItsRevision(t *testing.T) {
+	config := testConfig(tempPath(t))
+	s := open(t, config)
+	applyAt(t, s, 10, put("a", "1"))
+	results := applyAt(t, s, 50, &pb.CompactionRequest{Revision: 50}, &pb.CompactionRequest{Revision: 50}, &pb.CompactionRequest{Revision: 50})
+	if !errors.Is(results[0].Err, ErrFutureRevision) || !errors.Is(results[2].Err, ErrCompacted) {
+		t.Errorf("got %v", results)
+	}
+	if c, ok := results[1].Response.(*pb.CompactionResponse); !ok || c.Header.Revision != 51 {
+		t.Errorf("got %v", results[1])
+	}
+	if s.Revision(User) != 51 || s.CompactRevision(User) != 50 {
+		t.Errorf("revision %d, compacted %d", s.Revision(User), s.CompactRevision(User))
+	}
+	if get(t, s, "a") != "1" {
+		t.Error("the newest revision cannot be read")
+	}
+	if r := applyAt(t, s, 51, put("a", "stale")); !errors.Is(r[0].Err, ErrStaleFloor) {
+		t.Errorf("an entry of revisions from before the compaction: %v", r[0])
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s = open(t, config)
+	if s.Revision(User) != 51 || get(t, s, "a") != "1" {
+		t.Errorf("reopened at revision %d", s.Revision(User))
+	}
+	if r := applyAt(t, s, 52, put("a", "2")); r[0].Err != nil || s.Revision(User) != 52 {
+		t.Errorf("got %v", r)
+	}
+}
+
+func TestCompactionWithoutAFloorUsesNoRevision(t *testing.T) {
+	s := open(t, testConfig(tempPath(t)))
+	if r := apply(t, s, put("a", "1"), &pb.CompactionRequest{Revision: 2}); r[1].Err != nil || s.Revision(User) != 2 {
+		t.Errorf("revision %d, %v", s.Revision(User), r[1])
+	}
+}

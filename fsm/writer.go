@@ -23,6 +23,7 @@ type putResponse struct {
 type writer struct {
 	view
 	next     int64 // the revision of the transaction's changes
+	reserved bool  // next was reserved for the transaction by a sequencer
 	changes  uint32
 	response *putResponse
 	dropped  bool // the answer has become too large
@@ -32,6 +33,10 @@ func (s *Store) newWriter(space Space) writer {
 	sp := s.spaces[space] // only apply changes its revisions
 	return writer{view: view{store: s, space: sp, revision: sp.revision, compacted: sp.compacted}, next: sp.revision + 1}
 }
+
+// reserve makes rev the transaction's revision. Every change of this space below rev has been applied, so the state
+// before the transaction is the one at rev-1, whichever revisions have been given to other groups.
+func (w *writer) reserve(rev int64) { w.next, w.revision, w.reserved = rev, rev-1, true }
 
 // applyBounded is apply for a command that may read more than it is allowed to.
 func (w *writer) applyBounded(c command) (Result, error) {
@@ -173,7 +178,9 @@ func (w *writer) execute(ctx context.Context, b branch) (*pb.TxnResponse, error)
 	return resp, nil
 }
 
-// applyCompaction raises the oldest revision that can be read. The rest is done in the background.
+// applyCompaction raises the oldest revision that can be read. The rest is done in the background. A reserved
+// revision is used up, although there is no change to give it to: the newest revision is then above the compacted
+// one, and what was reserved before is stale.
 func (w *writer) applyCompaction(r *pb.CompactionRequest) Result {
 	switch {
 	case r.Revision <= w.compacted:
@@ -182,8 +189,11 @@ func (w *writer) applyCompaction(r *pb.CompactionRequest) Result {
 		return Result{Err: ErrFutureRevision}
 	}
 	s := w.store
+	if w.reserved {
+		w.revision = w.next
+	}
 	s.mu.Lock()
-	w.space.compacted = r.Revision
+	w.space.compacted, w.space.revision = r.Revision, w.revision
 	s.mu.Unlock()
 	var b [8]byte
 	binary.LittleEndian.PutUint64(b[:], uint64(r.Revision))
