@@ -43,6 +43,9 @@ func (s *Server) newGRPC(conf *tls.Config) *grpc.Server {
 	for _, u := range unsupportedServices {
 		refuseAll(server, u.desc, u.err)
 	}
+	if s.cfg.Services != nil {
+		s.cfg.Services(server)
+	}
 	healthpb.RegisterHealthServer(server, s.health)
 	reflection.Register(server)
 	return server

@@ -71,8 +71,16 @@ type Member struct {
 type Config struct {
 	Node string // this node's name
 	// Replica is this node's replica of a group; nil while there is none.
+	// A shard's is Gated. One that has no state, or cannot be expected to catch
+	// up soon, must not be returned: its group's requests go to other nodes.
 	Replica func(group uint64) Replica
-	Cluster Cluster
+	// Groups spreads the keys; nil = all in group 0.
+	Groups Groups
+	// Revisions is required if Groups are sharded.
+	Revisions Revisions
+	Cluster   Cluster
+	// Members lets clients remove members through the etcd API; nil = they cannot.
+	Members Members
 	Peers   Peers
 	// NotDelivered reports whether an error of Peers.Call proves that the
 	// request never reached the peer. All other errors mean that it may have.
@@ -80,6 +88,12 @@ type Config struct {
 	// NoSpace reports that this node's disk is too full to take writes that
 	// make the state grow. nil means never.
 	NoSpace func() bool
+
+	// Services registers further gRPC services for clients; nil = none.
+	Services func(grpc.ServiceRegistrar)
+	// TempDir is where the backup of a sharded key space is put together, on
+	// the disk that has the room for it; "" = the system's.
+	TempDir string
 
 	TLS   *tls.Config // for gRPC and HTTP; nil = plain text
 	Pprof bool        // serve /debug/pprof
@@ -147,6 +161,9 @@ func (c *Config) setDefaults() {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
+	if c.Groups == nil {
+		c.Groups = everything{}
+	}
 	if c.NoSpace == nil {
 		c.NoSpace = func() bool { return false }
 	}
@@ -169,6 +186,8 @@ func (c *Config) Validate() error {
 		return errors.New("server: no node name")
 	case c.Replica == nil || c.Cluster == nil || c.Peers == nil || c.NotDelivered == nil:
 		return errors.New("server: Replica, Cluster, Peers and NotDelivered are required")
+	case c.Groups.Sharded() && c.Revisions == nil:
+		return errors.New("server: Revisions are required for a sharded key space")
 	case c.MaxRequestBytes < 0 || c.MaxRequestBytes > 1<<30:
 		return fmt.Errorf("server: request limit of %d bytes is not between 0 and 1 GiB", c.MaxRequestBytes)
 	case c.MaxTxnOps < 0 || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0 || c.SnapshotTimeout < 0 || c.MaxHashes < 0 || c.MaxAnswerBytes < 0 || c.MaxConnections < 1 || c.MaxHTTPConnections < 1:
@@ -226,6 +245,13 @@ func New(cfg Config) (*Server, error) {
 
 // KV is the key-value service, for callers inside the process.
 func (s *Server) KV() pb.KVServer { return s.kv }
+
+// AcquireSystem pins this node's state of group 0, which has applied every
+// change of the system key space that was acknowledged before the call. release
+// must be called exactly once. Errors are gRPC statuses.
+func (s *Server) AcquireSystem(ctx context.Context) (_ *fsm.Store, release func(), _ error) {
+	return s.router.acquire(ctx, 0, false)
+}
 
 // Handlers answer the other nodes' calls, by method name. They must be
 // registered before this node's replicas take part in their groups.
