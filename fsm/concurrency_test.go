@@ -133,7 +133,7 @@ func TestReadersSeeWholeTransactions(t *testing.T) {
 func TestReadOutlastsCompaction(t *testing.T) {
 	s := open(t, testConfig(tempPath(t)))
 	apply(t, s, wideTxn(2))
-	v, err := s.openView(t.Context(), User)
+	v, err := s.openView(t.Context(), User, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

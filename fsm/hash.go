@@ -20,23 +20,32 @@ const hashBatch = 256
 // rev that a read can see, as etcd does, and with the same result. It depends on rev and compactRev alone, not on
 // how far physical compaction has come. Errors: ErrCompacted, ErrFutureRevision, ctx's.
 func (s *Store) HashKV(ctx context.Context, rev int64) (sum uint32, compactRev, hashRev int64, err error) {
-	v, err := s.openView(ctx, User)
+	return s.HashKVAt(ctx, rev, 0)
+}
+
+// HashKVAt is HashKV where current has been handed out, as for RangeAt.
+func (s *Store) HashKVAt(ctx context.Context, rev, current int64) (sum uint32, compactRev, hashRev int64, err error) {
+	v, err := s.openView(ctx, User, current)
 	if err != nil {
 		return 0, 0, 0, err
 	}
 	defer v.close()
-	if rev, err = v.check(rev); err != nil {
+	at, err := v.check(rev)
+	if err != nil {
 		return 0, 0, 0, err
 	}
-	h := rowHasher{view: v, revision: rev, hash: crc32.New(castagnoli)}
-	if h.keepAt, err = v.keepRevision(ctx, rev); err != nil {
+	if hashRev = rev; rev <= 0 {
+		hashRev = v.newest
+	}
+	h := rowHasher{view: v, revision: at, hash: crc32.New(castagnoli)}
+	if h.keepAt, err = v.keepRevision(ctx, at); err != nil {
 		return 0, 0, 0, err
 	}
 	_, _ = h.hash.Write(v.space.bucket)
 	if err := h.rows(ctx); err != nil {
 		return 0, 0, 0, err
 	}
-	return h.hash.Sum32(), v.compacted, rev, nil
+	return h.hash.Sum32(), v.compacted, hashRev, nil
 }
 
 // keepRevision is the revision at which a change up to the compaction must be visible to be hashed. That is rev

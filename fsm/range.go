@@ -41,7 +41,7 @@ func (v *view) rangeKeys(ctx context.Context, r *pb.RangeRequest, count bool) (*
 	}
 	kvs = filter(kvs, r)
 	order(kvs, r)
-	resp := &pb.RangeResponse{Header: &pb.ResponseHeader{Revision: v.revision}, Count: total}
+	resp := &pb.RangeResponse{Header: &pb.ResponseHeader{Revision: v.newest}, Count: total}
 	if r.Limit > 0 && int64(len(kvs)) > r.Limit {
 		kvs, resp.More = kvs[:r.Limit], true
 	}

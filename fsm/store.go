@@ -15,7 +15,6 @@ import (
 	"github.com/hashicorp/raft"
 	"go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
-	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
 	"kvd/fsm/mvcc"
 	"kvd/snapshot/boltcheck"
@@ -292,39 +291,6 @@ func (s *Store) CompactRevision(space Space) int64 {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.spaces[space].compacted
-}
-
-// Range answers a range request at its revision, or at the newest. Errors: ErrCompacted, ErrFutureRevision, ctx's.
-func (s *Store) Range(ctx context.Context, space Space, r *pb.RangeRequest) (*pb.RangeResponse, error) {
-	return s.read(ctx, space, r, true)
-}
-
-// RangePage is Range, except that Count need not go beyond what the limit lets through, which spares looking at
-// all of a large range for each page of it.
-func (s *Store) RangePage(ctx context.Context, space Space, r *pb.RangeRequest) (*pb.RangeResponse, error) {
-	return s.read(ctx, space, r, false)
-}
-
-func (s *Store) read(ctx context.Context, space Space, r *pb.RangeRequest, count bool) (*pb.RangeResponse, error) {
-	v, err := s.openView(ctx, space)
-	if err != nil {
-		return nil, err
-	}
-	defer v.close()
-	return v.rangeKeys(ctx, r, count)
-}
-
-// ReadTxn answers a transaction that only reads, all of it at one revision. Errors: as Range, and ErrNotReadOnly.
-func (s *Store) ReadTxn(ctx context.Context, space Space, r *pb.TxnRequest) (*pb.TxnResponse, error) {
-	if !readOnly(r) {
-		return nil, ErrNotReadOnly
-	}
-	v, err := s.openView(ctx, space)
-	if err != nil {
-		return nil, err
-	}
-	defer v.close()
-	return v.transaction(ctx, r)
 }
 
 // signal wakes the receiver of a channel of capacity 1.

@@ -124,7 +124,7 @@ func (v *view) checkRangeOp(rev int64) error {
 	switch {
 	case rev == 0:
 		return nil
-	case rev > v.revision:
+	case rev > v.newest:
 		return ErrFutureRevision
 	case rev < v.compacted:
 		return ErrCompacted
@@ -153,7 +153,7 @@ func (v *view) transaction(ctx context.Context, r *pb.TxnRequest) (*pb.TxnRespon
 	if err := v.checkTxn(b, nil); err != nil {
 		return nil, err
 	}
-	resp := &pb.TxnResponse{Header: &pb.ResponseHeader{Revision: v.revision}, Succeeded: b.succeeded}
+	resp := &pb.TxnResponse{Header: &pb.ResponseHeader{Revision: v.newest}, Succeeded: b.succeeded}
 	for _, op := range b.ops {
 		answer, err := v.rangeKeys(ctx, op.GetRequestRange(), true)
 		if err != nil {

@@ -23,12 +23,15 @@ type view struct {
 	store     *Store
 	space     *keyspace
 	revision  int64 // newest it sees
+	newest    int64 // as requests count: what may be asked for, and what responses carry; revision or above
 	compacted int64
 	epoch     *readEpoch
 	meter     Meter // nil = what is read is not bounded
 }
 
-func (s *Store) openView(ctx context.Context, space Space) (*view, error) {
+// openView opens a view of the newest revision, which counts as current at least. Changes that are applied while the
+// view is open stay out of it even if they are not above current.
+func (s *Store) openView(ctx context.Context, space Space, current int64) (*view, error) {
 	if space >= spaces {
 		return nil, fmt.Errorf("%w: %d", ErrUnknownSpace, space)
 	}
@@ -36,7 +39,8 @@ func (s *Store) openView(ctx context.Context, space Space) (*view, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	s.epoch.readers.Add(1)
-	return &view{store: s, space: sp, revision: sp.revision, compacted: sp.compacted, epoch: s.epoch, meter: meterOf(ctx)}, nil
+	return &view{store: s, space: sp, revision: sp.revision, newest: max(sp.revision, current), compacted: sp.compacted,
+		epoch: s.epoch, meter: meterOf(ctx)}, nil
 }
 
 func (v *view) close() { v.epoch.leave() }
@@ -65,9 +69,9 @@ func (e *readEpoch) retire() {
 	}
 }
 
-// check says whether rev, 0 or less for the newest, can be read, and returns it.
+// check says whether rev, 0 or less for the newest, can be read, and returns the revision at which to look.
 func (v *view) check(rev int64) (int64, error) {
-	if rev > v.revision {
+	if rev > v.newest {
 		return 0, ErrFutureRevision
 	}
 	if rev <= 0 {
@@ -76,7 +80,7 @@ func (v *view) check(rev int64) (int64, error) {
 	if rev < v.compacted {
 		return 0, ErrCompacted
 	}
-	return rev, nil
+	return min(rev, v.revision), nil
 }
 
 // hit is a key that a read found, and its change.

@@ -31,12 +31,12 @@ type writer struct {
 
 func (s *Store) newWriter(space Space) writer {
 	sp := s.spaces[space] // only apply changes its revisions
-	return writer{view: view{store: s, space: sp, revision: sp.revision, compacted: sp.compacted}, next: sp.revision + 1}
+	return writer{view: view{store: s, space: sp, revision: sp.revision, newest: sp.revision, compacted: sp.compacted}, next: sp.revision + 1}
 }
 
 // reserve makes rev the transaction's revision. Every change of this space below rev has been applied, so the state
 // before the transaction is the one at rev-1, whichever revisions have been given to other groups.
-func (w *writer) reserve(rev int64) { w.next, w.revision, w.reserved = rev, rev-1, true }
+func (w *writer) reserve(rev int64) { w.next, w.newest, w.reserved = rev, rev-1, true }
 
 // applyBounded is apply for a command that may read more than it is allowed to.
 func (w *writer) applyBounded(c command) (Result, error) {
@@ -127,7 +127,7 @@ func (w *writer) applyTxn(r *pb.TxnRequest) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	resp.Header.Revision = w.revision
+	resp.Header.Revision = w.newest
 	w.publish()
 	return Result{Response: resp}, nil
 }
@@ -158,7 +158,7 @@ func (w *writer) execute(ctx context.Context, b branch) (*pb.TxnResponse, error)
 			w.put(p)
 			w.store.mu.Unlock()
 			answer.Response = &pb.ResponseOp_ResponsePut{ResponsePut: &pb.PutResponse{
-				Header: &pb.ResponseHeader{Revision: w.revision}, PrevKv: prev,
+				Header: &pb.ResponseHeader{Revision: w.newest}, PrevKv: prev,
 			}}
 		case *pb.RequestOp_RequestDeleteRange:
 			d, err := w.deleteRange(t.RequestDeleteRange)
@@ -185,21 +185,21 @@ func (w *writer) applyCompaction(r *pb.CompactionRequest) Result {
 	switch {
 	case r.Revision <= w.compacted:
 		return Result{Err: ErrCompacted}
-	case r.Revision > w.revision:
+	case r.Revision > w.newest:
 		return Result{Err: ErrFutureRevision}
 	}
 	s := w.store
-	if w.reserved {
-		w.revision = w.next
-	}
 	s.mu.Lock()
-	w.space.compacted, w.space.revision = r.Revision, w.revision
+	w.space.compacted = r.Revision
+	if w.reserved {
+		w.newest, w.space.revision = w.next, w.next
+	}
 	s.mu.Unlock()
 	var b [8]byte
 	binary.LittleEndian.PutUint64(b[:], uint64(r.Revision))
 	_, _ = s.hasher.Write(b[:])
 	signal(s.compactNow)
-	return Result{Response: &pb.CompactionResponse{Header: &pb.ResponseHeader{Revision: w.revision}}}
+	return Result{Response: &pb.CompactionResponse{Header: &pb.ResponseHeader{Revision: w.newest}}}
 }
 
 // checkPut says whether a put can be done in the state before the transaction.
@@ -263,7 +263,7 @@ func (w *writer) previous(p *putCommand) (*mvccpb.KeyValue, error) {
 func (w *writer) change() mvcc.Revision {
 	r := mvcc.Revision{Main: w.next, Sub: w.changes}
 	w.changes++
-	w.revision = w.next
+	w.revision, w.newest = w.next, w.next
 	return r
 }
 
@@ -295,7 +295,7 @@ func (w *writer) deleteRange(r *pb.DeleteRangeRequest) (*pb.DeleteRangeResponse,
 		w.delete(hits[:n])
 		hits = hits[n:]
 	}
-	resp.Header.Revision = w.revision
+	resp.Header.Revision = w.newest
 	return resp, nil
 }
 
