@@ -53,7 +53,13 @@ func (n *Node) learn(p transport.Peer) {
 
 // replicaOf implements server.Config.Replica.
 func (n *Node) replicaOf(group uint64) server.Replica {
-	if r := n.Replica(); r != nil && group == group0 {
+	if group == group0 {
+		if r := n.Replica(); r != nil {
+			return r
+		}
+		return nil
+	}
+	if r := (*n.groups.usable.Load())[group]; r != nil {
 		return r
 	}
 	return nil

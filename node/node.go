@@ -38,6 +38,7 @@ type Node struct {
 	transport *transport.Transport
 	server    *server.Server
 	disk      prometheus.Collector // free space
+	groups    *groups              // this node's replicas of shards; empty in `full`
 
 	clusterID, memberID atomic.Uint64 // 0 until this node is a member
 
@@ -72,6 +73,7 @@ func Start(ctx context.Context, cfg Config) (*Node, error) {
 		cfg.Network = network
 	}
 	n := &Node{cfg: cfg, log: cfg.Logger, ready: make(chan struct{})}
+	n.groups = newGroups(n)
 	background, cancel := context.WithCancel(context.Background())
 	n.cancel = cancel
 	if err := n.start(ctx, background); err != nil {
@@ -105,6 +107,12 @@ func (n *Node) start(ctx, background context.Context) error {
 		return errors.Join(err, listeners.close())
 	}
 	n.reconcile()
+	if n.cfg.Strategy == StrategyConsistent {
+		if err := n.groups.scan(); err != nil {
+			return errors.Join(err, listeners.close())
+		}
+		n.tasks.Go(func() { n.groups.run(background) })
+	}
 	if listeners.client != nil {
 		n.server.StartGRPC(listeners.client)
 	}
@@ -141,6 +149,8 @@ func (n *Node) connect(l *listeners) error {
 		Cluster:      cluster{n},
 		Peers:        n.transport,
 		NotDelivered: notDelivered,
+		Groups:       keyspace{n.cfg.Shards, n.groups},
+		TempDir:      n.cfg.DataDir,
 		NoSpace:      newDiskGuard(n.log, n.cfg.DataDir, n.cfg.MinDiskFree).full,
 		TLS:          clientTLS,
 		Pprof:        n.cfg.Pprof, Version: n.cfg.Version,
@@ -166,27 +176,10 @@ func (n *Node) connect(l *listeners) error {
 	return nil
 }
 
-// openReplica opens this node's replica of group 0, creating its files if this
-// node has never opened it. A replica whose files are lost is never made anew:
-// it has forgotten its votes (docs/design.md section 7).
+// openReplica opens this node's replica of group 0.
 func (n *Node) openReplica() error {
-	id := raft.ServerID(n.outcome().Replica)
-	cfg := n.shardConfig(id)
-	if used := n.dir.MayCreate(group0, string(id)); used == nil {
-		if err := os.RemoveAll(cfg.Dir); err != nil {
-			return fmt.Errorf("clear %s: %w", cfg.Dir, err)
-		}
-		if err := errors.Join(shard.Create(cfg), syncPath(cfg.Dir, n.cfg.DataDir)); err != nil {
-			return err
-		}
-		if err := n.dir.MarkCreated(group0, string(id)); err != nil {
-			return err
-		}
-	} else if lost := missing(cfg.Dir, n.cfg.OpenLog == nil); lost != "" {
-		return fmt.Errorf("%s is missing or empty: %w", lost, used)
-	}
-	replica, err := shard.Open(cfg)
-	if errors.Is(err, raftlog.ErrCorrupt) || errors.Is(err, fsm.ErrCorruptState) || errors.Is(err, shard.ErrLogGap) {
+	replica, err := n.openReplicaFiles(n.group0Config())
+	if errors.Is(err, errReplicaLost) && !errors.Is(err, bootstrap.ErrReplicaUsed) {
 		return fmt.Errorf("data directory %s is damaged: %w: delete its contents so that the node rejoins its cluster with an empty one, or restore a backup if it was alone; an older copy of the directory loses writes", n.cfg.DataDir, err)
 	}
 	if err != nil {
@@ -225,13 +218,25 @@ func missing(dir string, withLog bool) string {
 
 const logFile = "raft.db"
 
-func (n *Node) shardConfig(id raft.ServerID) shard.Config {
+// group0Config describes this node's replica of group 0.
+func (n *Node) group0Config() shard.Config {
 	outcome := n.outcome()
-	dir := filepath.Join(n.cfg.DataDir, "groups", "0")
-	cfg := shard.Config{
-		Group: group0, ClusterID: outcome.ClusterID, Replica: id, Dir: dir,
+	cfg := n.replicaConfig(group0, raft.ServerID(outcome.Replica), filepath.Join(n.cfg.DataDir, "groups", "0"))
+	if outcome.Founder {
+		cfg.Bootstrap = &raft.Configuration{}
+		for _, m := range outcome.Record.Members {
+			cfg.Bootstrap.Servers = append(cfg.Bootstrap.Servers, raft.Server{ID: raft.ServerID(m.Replica), Address: raft.ServerAddress(m.Replica)})
+		}
+	}
+	return cfg
+}
+
+// replicaConfig describes a replica of any group on this node.
+func (n *Node) replicaConfig(group uint64, id raft.ServerID, dir string) shard.Config {
+	return shard.Config{
+		Group: group, ClusterID: n.outcome().ClusterID, Replica: id, Dir: dir,
 		NewTransport: func(install shard.InstallFunc) (shard.Transport, error) {
-			g, err := n.transport.Group(group0, raft.ServerAddress(id), transport.InstallFunc(install))
+			g, err := n.transport.Group(group, raft.ServerAddress(id), transport.InstallFunc(install))
 			if errors.Is(err, transport.ErrClosed) {
 				return nil, fmt.Errorf("%w: %w", shard.ErrClosed, err)
 			}
@@ -239,7 +244,7 @@ func (n *Node) shardConfig(id raft.ServerID) shard.Config {
 		},
 		OpenLog: func(guard func() uint64) (shard.LogStore, error) {
 			if n.cfg.OpenLog != nil {
-				return n.cfg.OpenLog(dir, group0, guard)
+				return n.cfg.OpenLog(dir, group, guard)
 			}
 			return raftlog.Open(raftlog.Options{
 				Path: filepath.Join(dir, logFile), Guard: guard, NoSync: n.cfg.NoSync,
@@ -252,13 +257,6 @@ func (n *Node) shardConfig(id raft.ServerID) shard.Config {
 		OnFatal: n.cfg.OnFatal, Logger: n.log, Registerer: n.cfg.Registry,
 		Faults: n.cfg.Faults,
 	}
-	if outcome.Founder {
-		cfg.Bootstrap = &raft.Configuration{}
-		for _, m := range outcome.Record.Members {
-			cfg.Bootstrap.Servers = append(cfg.Bootstrap.Servers, raft.Server{ID: raft.ServerID(m.Replica), Address: raft.ServerAddress(m.Replica)})
-		}
-	}
-	return cfg
 }
 
 // awaitReady waits for the first linearizable read that this node answers.
@@ -296,20 +294,27 @@ func (n *Node) introduce(ctx context.Context) {
 	}
 }
 
-// meet calls the members that have not been met and reports whether none is
-// left.
+// meet calls the members, and those that the address book knows, that have not
+// been met, and reports whether no member is left.
 func (n *Node) meet(ctx context.Context, met map[string]bool) bool {
 	members := n.members()
 	all := len(members) > 0
-	for _, m := range members {
-		if m.Name == n.cfg.Name || met[m.Name] {
-			continue
+	call := func(name string) bool {
+		if name != n.cfg.Name && !met[name] {
+			attempt, cancel := context.WithTimeout(ctx, pingTimeout)
+			defer cancel()
+			_, err := n.transport.Call(attempt, name, methodPing, nil)
+			met[name] = err == nil
 		}
-		attempt, cancel := context.WithTimeout(ctx, pingTimeout)
-		_, err := n.transport.Call(attempt, m.Name, methodPing, nil)
-		cancel()
-		met[m.Name] = err == nil
-		all = all && err == nil
+		return name == n.cfg.Name || met[name]
+	}
+	for _, m := range members {
+		all = call(m.Name) && all
+	}
+	if len(members) == 0 { // a node that joins is not told the members before they know its address
+		for name := range n.book.All() {
+			call(name)
+		}
 	}
 	return all
 }
@@ -357,16 +362,27 @@ func (n *Node) Abort() error {
 	return n.closed
 }
 
+// handOver hands over the leadership of every group that this node leads.
 func (n *Node) handOver() {
-	replica := n.Replica()
-	if replica == nil || !replica.Serving() {
-		return
+	replicas := n.groups.all()
+	if r := n.Replica(); r != nil {
+		replicas = append(replicas, r)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*n.cfg.ElectionTimeout)
 	defer cancel()
-	if err := replica.TransferLeadership(ctx, ""); err != nil && !errors.Is(err, shard.ErrNotLeader) && !errors.Is(err, shard.ErrNoTarget) {
-		n.log.Info("the leadership could not be handed over", "error", err)
+	var tasks sync.WaitGroup
+	for _, replica := range replicas {
+		if !replica.Serving() {
+			continue
+		}
+		tasks.Go(func() {
+			err := replica.TransferLeadership(ctx, "")
+			if err != nil && !errors.Is(err, shard.ErrNotLeader) && !errors.Is(err, shard.ErrNoTarget) {
+				n.log.Info("the leadership could not be handed over", "group", replica.Status().Group, "error", err)
+			}
+		})
 	}
+	tasks.Wait()
 }
 
 // stop stops whatever of the node runs, in the reverse order of start.
@@ -383,6 +399,7 @@ func (n *Node) stop() error {
 	if n.reconciler != nil {
 		n.reconciler.Close()
 	}
+	errs = append(errs, n.groups.close())
 	if replica := n.Replica(); replica != nil {
 		errs = append(errs, replica.Close())
 	}

@@ -19,10 +19,18 @@ const (
 	pingTimeout  = time.Second
 )
 
-// join forms a new cluster with the peers, or finds the one that this node is,
-// or was, a member of.
+// findCluster forms a new cluster with the peers, or finds the one that this
+// node is, or was, a member of, or that it is to join.
+func (n *Node) findCluster(ctx context.Context) (bootstrap.Outcome, error) {
+	if n.cfg.Join != "" && n.dir.ClusterID() == 0 {
+		return bootstrap.Outcome{Rejoin: &bootstrap.Rejoin{Via: []string{n.cfg.Join}}}, nil
+	}
+	return n.formation.Run(ctx)
+}
+
+// join makes this node a member of its cluster.
 func (n *Node) join(ctx context.Context) error {
-	outcome, err := n.formation.Run(ctx)
+	outcome, err := n.findCluster(ctx)
 	for said := ""; err == nil && outcome.Rejoin != nil; {
 		outcome, err = n.rejoin(ctx, outcome.Rejoin)
 		var refused *bootstrap.RefusedError
@@ -35,7 +43,7 @@ func (n *Node) join(ctx context.Context) error {
 		}
 		select {
 		case <-time.After(time.Second):
-			outcome, err = n.formation.Run(ctx)
+			outcome, err = n.findCluster(ctx)
 		case <-ctx.Done():
 			err = ctx.Err()
 		}
@@ -51,9 +59,13 @@ func (n *Node) join(ctx context.Context) error {
 	return nil
 }
 
-// rejoin asks the members in turn to let this node back in.
+// rejoin asks the members in turn to let this node in, or back in.
 func (n *Node) rejoin(ctx context.Context, r *bootstrap.Rejoin) (bootstrap.Outcome, error) {
-	payload, err := bootstrap.NewRejoinRequest(n.dir, *r).Encode()
+	request := bootstrap.NewRejoinRequest(n.dir, *r)
+	if r.ClusterID == 0 {
+		request = bootstrap.NewJoinRequest(n.dir, n.cfg.Weight)
+	}
+	payload, err := request.Encode()
 	if err != nil {
 		return bootstrap.Outcome{}, err
 	}
@@ -67,6 +79,7 @@ func (n *Node) rejoin(ctx context.Context, r *bootstrap.Rejoin) (bootstrap.Outco
 			if response, err = bootstrap.DecodeRejoinResponse(answer); err == nil {
 				var outcome bootstrap.Outcome
 				if outcome, err = n.formation.CompleteRejoin(response); err == nil {
+					n.announceAll(response.Addresses)
 					return outcome, nil
 				}
 			}
@@ -74,6 +87,25 @@ func (n *Node) rejoin(ctx context.Context, r *bootstrap.Rejoin) (bootstrap.Outco
 		errs = append(errs, fmt.Errorf("%s: %w", addr, err))
 	}
 	return bootstrap.Outcome{}, oneLine(errs)
+}
+
+// announceAll takes over the addresses that the cluster knows.
+func (n *Node) announceAll(known map[string]bootstrap.Addresses) {
+	for name, addresses := range known {
+		if name == n.cfg.Name {
+			continue
+		}
+		if err := n.book.Announce(name, addresses); err != nil {
+			n.log.Warn("ignoring a node's address", "node", name, "error", err)
+		}
+	}
+}
+
+// knownAddresses is the address book, and this node's own.
+func (n *Node) knownAddresses() map[string]bootstrap.Addresses {
+	known := n.book.All()
+	known[n.cfg.Name] = bootstrap.Addresses{Peer: n.cfg.AdvertisePeer, Client: n.cfg.AdvertiseClient, HTTP: n.cfg.ListenHTTP}
+	return known
 }
 
 // oneLine joins errors in one line; a refusal among them can be found.
@@ -163,7 +195,9 @@ func (n *Node) admit(ctx context.Context, payload []byte) bootstrap.RejoinRespon
 			return refuse(bootstrap.NotNow, err.Error())
 		}
 	}
-	return bootstrap.RejoinResponse{ClusterID: n.dir.ClusterID(), Replica: string(next.Replica), Record: n.outcome().Record}
+	return bootstrap.RejoinResponse{
+		ClusterID: n.dir.ClusterID(), Replica: string(next.Replica), Record: n.outcome().Record, Addresses: n.knownAddresses(),
+	}
 }
 
 // answers reports whether exactly that incarnation of a node is alive.

@@ -111,7 +111,7 @@ func TestLargestStatusFits(t *testing.T) {
 
 func FuzzMessages(f *testing.F) {
 	good, _ := encodeMessage(goodStatus())
-	rejoin, _ := RejoinRequest{7, "n1", 3, Common{Token: "t", Strategy: "full"}}.Encode()
+	rejoin, _ := RejoinRequest{ClusterID: 7, Name: "n1", Incarnation: 3, Common: Common{Token: "t", Strategy: "full"}}.Encode()
 	response, _ := RejoinResponse{ClusterID: 7, Replica: "n1/2", Record: goodRecord()}.Encode()
 	for _, seed := range [][]byte{good, rejoin, response, []byte("{}"), []byte("[1]"), nil} {
 		f.Add(seed)
@@ -205,7 +205,7 @@ func TestRejoinIsJudged(t *testing.T) {
 		"unknown":             {func(r *RejoinRequest) { r.Name = "n3" }, UnknownName, false, false},
 		"the old one reports": {func(r *RejoinRequest) { r.Name = "n2" }, StillReports, true, false},
 	} {
-		r := RejoinRequest{7, "n1", 99, Common{Token: "t", Strategy: "full"}}
+		r := RejoinRequest{ClusterID: 7, Name: "n1", Incarnation: 99, Common: Common{Token: "t", Strategy: "full"}}
 		c.change(&r)
 		payload, err := r.Encode()
 		if err != nil {

@@ -2,18 +2,28 @@ package bootstrap
 
 import "fmt"
 
-// RejoinRequest is what a node that has lost its directory sends to a member (MethodRejoin), which passes it to the
-// leader of group 0. Asking again with the same incarnation is harmless.
+// RejoinRequest is what a node that has lost its directory, or one that is new to a running cluster, sends to a
+// member (MethodRejoin), which passes it to the leader of group 0. Asking again with the same incarnation is harmless.
 type RejoinRequest struct {
 	ClusterID   uint64 `json:"cluster_id,string"` // that it was told of
 	Name        string `json:"name"`
 	Incarnation uint64 `json:"incarnation,string"` // the new one
 	Common
+	// Join: the node wants to become a member if the cluster has none of its name. It need not know the ClusterID.
+	Join   bool    `json:"join,omitempty"`
+	Weight float64 `json:"weight,omitempty"` // with Join: its share of the shards
 }
 
 // NewRejoinRequest is the request of the node that d belongs to.
 func NewRejoinRequest(d *Dir, r Rejoin) RejoinRequest {
-	return RejoinRequest{r.ClusterID, d.set.Name, d.Incarnation(), d.set.Common}
+	return RejoinRequest{ClusterID: r.ClusterID, Name: d.set.Name, Incarnation: d.Incarnation(), Common: d.set.Common}
+}
+
+// NewJoinRequest is the request of the node that d belongs to, to become a member of whatever cluster it is sent to.
+func NewJoinRequest(d *Dir, weight float64) RejoinRequest {
+	r := NewRejoinRequest(d, Rejoin{})
+	r.Join, r.Weight = true, weight
+	return r
 }
 
 // Encode makes the payload of a question.
@@ -31,7 +41,7 @@ func DecodeRejoinRequest(payload []byte) (RejoinRequest, error) {
 	if err := r.Common.validate(); err != nil {
 		return r, err
 	}
-	if r.ClusterID == 0 || r.Incarnation == 0 {
+	if r.ClusterID == 0 && !r.Join || r.Incarnation == 0 {
 		return r, fmt.Errorf("%w: a rejoin without cluster or incarnation", ErrInvalid)
 	}
 	return r, nil
@@ -66,6 +76,8 @@ type RejoinResponse struct {
 	ClusterID uint64  `json:"cluster_id,string"`
 	Replica   string  `json:"replica,omitempty"` // never used before, or the one already given to this incarnation
 	Record    *Record `json:"record,omitempty"`  // the cluster's bootstrap record, if the member has it
+	// Addresses of the members, as far as known: a node that joins has no --peers.
+	Addresses map[string]Addresses `json:"addresses,omitempty"`
 }
 
 // Refuse makes the response out of a refusal.
@@ -106,6 +118,9 @@ func (r RejoinResponse) validate() error {
 	if r.ClusterID == 0 {
 		return fmt.Errorf("%w: a rejoin without a cluster", ErrInvalid)
 	}
+	if err := validateAddresses(r.Addresses); err != nil {
+		return err
+	}
 	if r.Record == nil {
 		return nil
 	}
@@ -129,7 +144,7 @@ type Cluster struct {
 // Judge says whether the request may be executed: it returns the member whose incarnation is to be replaced, or,
 // if already is true, the one that this very incarnation has become.
 func (c Cluster) Judge(r RejoinRequest) (member Member, already bool, refusal *RefusedError) {
-	if r.ClusterID != c.ClusterID {
+	if r.ClusterID != c.ClusterID && !(r.Join && r.ClusterID == 0) {
 		return Member{}, false, &RefusedError{OtherCluster, fmt.Sprintf("this is cluster %016x, not %016x", c.ClusterID, r.ClusterID)}
 	}
 	if err := r.compare(c.Common, "the cluster", "start it with the cluster's"); err != nil {

@@ -1,0 +1,368 @@
+package node
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"kvd/fsm"
+	"kvd/placement"
+	"kvd/shard"
+	"kvd/shard/raftlog"
+)
+
+// localMap reads the map from this node's own state of group 0, as it is; nil
+// if it has the given revision. applied is the index that the state had applied.
+func (n *Node) localMap(ctx context.Context, known int64) (m *placement.Map, applied uint64, err error) {
+	state, release, err := n.Replica().AcquireState(ctx, 0)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer release()
+	applied = state.AppliedIndex()
+	if state.Revision(fsm.System) == known {
+		return nil, applied, nil
+	}
+	loaded, err := placement.LoadMap(ctx, state)
+	return &loaded, applied, err
+}
+
+// awaitApplied waits until this node's state of group 0 has applied an index,
+// or for as long as patience.
+func (n *Node) awaitApplied(ctx context.Context, index uint64, patience time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	_, release, err := n.Replica().AcquireState(ctx, index)
+	if err == nil {
+		release()
+		return
+	}
+	<-ctx.Done() // the state may have failed at once
+}
+
+// freshMap reads the map linearizably.
+func (n *Node) freshMap(ctx context.Context) (*placement.Map, error) {
+	ctx, cancel := context.WithTimeout(ctx, freshPatience)
+	defer cancel()
+	state, release, err := n.server.AcquireSystem(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	m, err := placement.LoadMap(ctx, state)
+	return &m, err
+}
+
+// groups are this node's replicas of shards. They are opened, closed and
+// deleted as the cluster map says, which this node's replica of group 0 has.
+type groups struct {
+	n       *Node
+	current atomic.Pointer[placement.Map]             // as this node knows it
+	routes  atomic.Pointer[routes]                    // by the same
+	usable  atomic.Pointer[map[uint64]*shard.Replica] // by group: voters with state
+
+	mu      sync.Mutex
+	open    map[replicaKey]*shard.Replica
+	lost    map[replicaKey]bool // assigned to this node, but its files are gone or damaged
+	onDisk  map[replicaKey]bool // directories that exist
+	closing bool
+}
+
+// replicaKey names a replica on this node: during an upgrade of a witness there
+// are two of one group.
+type replicaKey struct {
+	group uint64
+	id    raft.ServerID
+}
+
+const (
+	// maxOpenings bounds how many replicas are opened or deleted at a time.
+	maxOpenings = 4
+	// usableInterval is how often replicas are asked whether they are members.
+	usableInterval = 500 * time.Millisecond
+	// freshPatience bounds a linearizable read of the map.
+	freshPatience = 5 * time.Second
+)
+
+func newGroups(n *Node) *groups {
+	g := &groups{
+		n:    n,
+		open: make(map[replicaKey]*shard.Replica), lost: make(map[replicaKey]bool), onDisk: make(map[replicaKey]bool),
+	}
+	g.follow(&placement.Map{})
+	g.usable.Store(&map[uint64]*shard.Replica{})
+	return g
+}
+
+// dirOf is the directory of a replica.
+func (g *groups) dirOf(r replicaKey) string {
+	_, number, _ := strings.Cut(string(r.id), "/")
+	return filepath.Join(g.n.cfg.DataDir, "groups", strconv.FormatUint(r.group, 10), number)
+}
+
+// scan finds the directories that an earlier life of this node has left.
+func (g *groups) scan() error {
+	base := filepath.Join(g.n.cfg.DataDir, "groups")
+	dirs, err := os.ReadDir(base)
+	if err != nil {
+		return err
+	}
+	for _, d := range dirs {
+		group, err := strconv.ParseUint(d.Name(), 10, 64)
+		if err != nil || group == group0 {
+			continue
+		}
+		replicas, err := os.ReadDir(filepath.Join(base, d.Name()))
+		if err != nil {
+			return err
+		}
+		for _, r := range replicas {
+			g.onDisk[replicaKey{group, raft.ServerID(g.n.cfg.Name + "/" + r.Name())}] = true
+		}
+	}
+	return nil
+}
+
+// run follows the map until ctx ends.
+func (g *groups) run(ctx context.Context) {
+	settled := int64(-1) // revision of the map
+	for ctx.Err() == nil {
+		m, applied, err := g.n.localMap(ctx, settled)
+		if err == nil && m != nil {
+			g.follow(m)
+			if err = g.settle(ctx, m); err == nil {
+				settled = m.Revision
+			}
+		}
+		if err != nil && ctx.Err() == nil {
+			g.n.log.Warn("this node's replicas are not yet what the cluster map says", "error", err)
+		}
+		g.refreshUsable()
+		g.n.awaitApplied(ctx, applied+1, usableInterval)
+	}
+}
+
+func (g *groups) follow(m *placement.Map) {
+	g.current.Store(m)
+	g.routes.Store(routesOf(m))
+}
+
+// wanted are the replicas that the map gives this node.
+func (g *groups) wanted(m *placement.Map) map[replicaKey]placement.Shard {
+	wanted := make(map[replicaKey]placement.Shard)
+	for _, s := range m.Shards {
+		for _, r := range s.Replicas {
+			if r.Node() == g.n.cfg.Name && r.Incarnation == g.n.dir.Incarnation() {
+				wanted[replicaKey{s.Group(), r.ID}] = s
+			}
+		}
+	}
+	return wanted
+}
+
+// settle opens what is missing and deletes what is too much.
+func (g *groups) settle(ctx context.Context, m *placement.Map) error {
+	wanted := g.wanted(m)
+	var missing, surplus []replicaKey
+	g.mu.Lock()
+	for r := range wanted {
+		if g.open[r] == nil && !g.lost[r] {
+			missing = append(missing, r)
+		}
+	}
+	for r := range g.onDisk {
+		if _, ok := wanted[r]; !ok {
+			surplus = append(surplus, r)
+		}
+	}
+	g.mu.Unlock()
+	err := each(missing, func(r replicaKey) error { return g.openOne(r, wanted[r]) })
+	if len(surplus) > 0 {
+		err = errors.Join(err, g.deleteSurplus(ctx, surplus))
+	}
+	return err
+}
+
+// each runs f for all, a few at a time, and joins the errors.
+func each(all []replicaKey, f func(replicaKey) error) error {
+	slices.SortFunc(all, func(a, b replicaKey) int {
+		return cmp.Or(cmp.Compare(a.group, b.group), cmp.Compare(a.id, b.id))
+	})
+	var (
+		tasks sync.WaitGroup
+		mu    sync.Mutex
+		errs  []error
+		slots = make(chan struct{}, maxOpenings)
+	)
+	for _, r := range all {
+		slots <- struct{}{}
+		tasks.Go(func() {
+			defer func() { <-slots }()
+			if err := f(r); err != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				errs = append(errs, err)
+			}
+		})
+	}
+	tasks.Wait()
+	return errors.Join(errs...)
+}
+
+// openOne opens one replica, creating it if this node never has. A replica
+// whose files are gone or damaged is lost for good: it is reported so, and
+// rebuilt under another id.
+func (g *groups) openOne(r replicaKey, s placement.Shard) error {
+	cfg := g.n.replicaConfig(r.group, r.id, g.dirOf(r))
+	if slices.Contains(s.Founders, r.id) {
+		cfg.Bootstrap = &raft.Configuration{}
+		for _, id := range s.Founders {
+			cfg.Bootstrap.Servers = append(cfg.Bootstrap.Servers, raft.Server{ID: id, Address: raft.ServerAddress(id)})
+		}
+	}
+	g.mu.Lock()
+	g.onDisk[r] = true
+	g.mu.Unlock()
+	replica, err := g.n.openReplicaFiles(cfg)
+	switch {
+	case errors.Is(err, errReplicaLost):
+		g.n.log.Error("a replica of a shard is lost: it will be rebuilt under another id", "group", r.group, "replica", string(r.id), "error", err)
+		g.mu.Lock()
+		g.lost[r] = true
+		g.mu.Unlock()
+		return nil
+	case err != nil:
+		return fmt.Errorf("open replica %s of group %d: %w", r.id, r.group, err)
+	}
+	g.mu.Lock()
+	if g.closing {
+		g.mu.Unlock()
+		return replica.Close()
+	}
+	g.open[r] = replica
+	g.mu.Unlock()
+	g.n.log.Debug("opened a replica", "group", r.group, "replica", string(r.id))
+	return nil
+}
+
+// deleteSurplus deletes replicas that the map does not give to this node. What
+// this node knows of the map may be older than the replica, so the leader is
+// asked first.
+func (g *groups) deleteSurplus(ctx context.Context, surplus []replicaKey) error {
+	m, err := g.n.freshMap(ctx)
+	if err != nil {
+		return fmt.Errorf("read the cluster map to delete %d replicas: %w", len(surplus), err)
+	}
+	wanted := g.wanted(m)
+	surplus = slices.DeleteFunc(surplus, func(r replicaKey) bool {
+		_, ok := wanted[r]
+		return ok
+	})
+	return each(surplus, g.deleteOne)
+}
+
+func (g *groups) deleteOne(r replicaKey) error {
+	g.mu.Lock()
+	replica := g.open[r]
+	delete(g.open, r)
+	g.mu.Unlock()
+	g.refreshUsable()
+	var err error
+	if replica != nil {
+		err = replica.Close()
+	}
+	if err := errors.Join(err, os.RemoveAll(g.dirOf(r))); err != nil {
+		return fmt.Errorf("delete replica %s of group %d: %w", r.id, r.group, err)
+	}
+	_ = os.Remove(filepath.Dir(g.dirOf(r))) // if it is the last one of its group
+	g.mu.Lock()
+	delete(g.onDisk, r)
+	delete(g.lost, r)
+	g.mu.Unlock()
+	g.n.log.Info("deleted a replica that is no longer this node's", "group", r.group, "replica", string(r.id))
+	return nil
+}
+
+// all lists the open replicas of shards.
+func (g *groups) all() []*shard.Replica {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.Collect(maps.Values(g.open))
+}
+
+// lostReplicas lists what this node cannot open.
+func (g *groups) lostReplicas() []replicaKey {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.Collect(maps.Keys(g.lost))
+}
+
+// refreshUsable finds the replicas that can answer clients: members with a vote
+// and with state. The others' requests go to other nodes.
+func (g *groups) refreshUsable() {
+	usable := make(map[uint64]*shard.Replica)
+	g.mu.Lock()
+	open := maps.Clone(g.open)
+	g.mu.Unlock()
+	for key, replica := range open {
+		if shard.IsWitness(key.id) {
+			continue
+		}
+		for _, m := range replica.Status().Members {
+			if m.ID == key.id && m.Voter {
+				usable[key.group] = replica
+			}
+		}
+	}
+	g.usable.Store(&usable)
+}
+
+// close closes all replicas, which must not be opened any more.
+func (g *groups) close() error {
+	g.mu.Lock()
+	g.closing = true
+	open := g.open
+	g.open = nil
+	g.mu.Unlock()
+	return each(slices.Collect(maps.Keys(open)), func(r replicaKey) error { return open[r].Close() })
+}
+
+// errReplicaLost: the replica's files are gone or damaged.
+var errReplicaLost = errors.New("the replica's files are missing or damaged")
+
+// openReplicaFiles opens a replica, creating its files if this node has never
+// opened it. A replica whose files are lost is never made anew: it has
+// forgotten its votes (docs/design.md section 7).
+func (n *Node) openReplicaFiles(cfg shard.Config) (*shard.Replica, error) {
+	id := string(cfg.Replica)
+	if used := n.dir.MayCreate(cfg.Group, id); used == nil {
+		if err := os.RemoveAll(cfg.Dir); err != nil {
+			return nil, fmt.Errorf("clear %s: %w", cfg.Dir, err)
+		}
+		if err := errors.Join(shard.Create(cfg), syncPath(cfg.Dir, n.cfg.DataDir)); err != nil {
+			return nil, err
+		}
+		if err := n.dir.MarkCreated(cfg.Group, id); err != nil {
+			return nil, err
+		}
+	} else if lost := missing(cfg.Dir, n.cfg.OpenLog == nil); lost != "" {
+		return nil, fmt.Errorf("%w: %s is missing or empty: %w", errReplicaLost, lost, used)
+	}
+	replica, err := shard.Open(cfg)
+	if errors.Is(err, raftlog.ErrCorrupt) || errors.Is(err, fsm.ErrCorruptState) || errors.Is(err, shard.ErrLogGap) {
+		return nil, fmt.Errorf("%w: %w", errReplicaLost, err)
+	}
+	return replica, err
+}
