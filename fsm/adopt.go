@@ -29,6 +29,9 @@ func Adopt(path string, meta snapshot.Meta) (err error) {
 		if err != nil {
 			return err
 		}
+		if m.witness {
+			return ErrWitness
+		}
 		if err := tx.DeleteBucket(spaceBuckets[System]); err != nil {
 			return err
 		}

@@ -20,6 +20,10 @@ func (s *Store) Apply(index, term uint64, data []byte) ([]Result, error) {
 	if index <= s.applied.load() {
 		return nil, nil
 	}
+	if s.config.Witness {
+		s.advance(index, term)
+		return nil, nil
+	}
 	e, err := decodeEntry(data)
 	if err != nil {
 		return nil, s.fail(fmt.Errorf("entry %d: %w", index, err))
@@ -91,7 +95,10 @@ func (s *Store) beginDigest(index, term uint64) {
 // commit ends an entry: from here on it may be flushed, and waiters see it.
 func (s *Store) commit(index, term uint64, c *raft.Configuration) {
 	s.mu.Lock()
-	s.state.index, s.state.term, s.state.digest = index, term, s.hasher.Sum64()
+	s.state.index, s.state.term = index, term
+	if !s.config.Witness {
+		s.state.digest = s.hasher.Sum64()
+	}
 	if c != nil {
 		s.configuration, s.state.configurationIndex = *c, index
 	}

@@ -32,6 +32,9 @@ func (s *Store) WaitCompacted(ctx context.Context, space Space, rev int64) error
 	if space >= spaces {
 		return fmt.Errorf("%w: %d", ErrUnknownSpace, space)
 	}
+	if s.config.Witness {
+		return ErrWitness
+	}
 	return s.spaces[space].finished.wait(ctx, finishedMark(rev))
 }
 

@@ -19,6 +19,10 @@ type Config struct {
 	Group     uint64
 	ClusterID uint64
 
+	// Witness opens the state of a replica that votes and keeps a log, but holds no data: Apply does not look at
+	// commands and has no results, and whatever needs data answers ErrWitness. A file keeps its role.
+	Witness bool
+
 	Logger     *slog.Logger          // discards
 	Registerer prometheus.Registerer // nil leaves the metrics unregistered
 
@@ -33,7 +37,7 @@ type Config struct {
 	CompactionBatch int
 	CompactionPause time.Duration
 
-	// InitialMmapBytes (8 GiB) of address space are mapped at once, so that growing the file up to there never
+	// InitialMmapBytes (8 GiB; 1 MiB for a witness) of address space are mapped at once, so that growing the file up to there never
 	// waits for a long read.
 	InitialMmapBytes int
 
@@ -63,6 +67,9 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.MaxLagBytes, 64<<20)
 	setDefault(&c.CompactionBatch, 1000)
 	setDefault(&c.CompactionPause, 10*time.Millisecond)
+	if c.Witness {
+		setDefault(&c.InitialMmapBytes, 1<<20)
+	}
 	setDefault(&c.InitialMmapBytes, 8<<30)
 	return c
 }

@@ -26,6 +26,14 @@ var (
 // were more than it may read, so there is no answer.
 var ErrAnswerDropped = errors.New("fsm: transaction was executed, but reads too much to be answered")
 
+// Errors of calls that do not go with the store's role.
+var (
+	// ErrWitness: a witness has no data to answer from.
+	ErrWitness = errors.New("fsm: a witness has no data")
+	// ErrNotWitness: the store holds data, of which nothing can be left out.
+	ErrNotWitness = errors.New("fsm: not a witness")
+)
+
 // Errors that end a store. They are returned by every later call that would change it or wait for a change.
 var (
 	// ErrMalformedEntry: an entry cannot be decoded.
@@ -44,6 +52,8 @@ var (
 	ErrLocked = errors.New("fsm: state file is in use by another process")
 	// ErrForeignState: the file belongs to another cluster or group.
 	ErrForeignState = errors.New("fsm: state belongs to another cluster or group")
+	// ErrWrongRole: the file is a witness's and was to be opened as one with data, or the reverse.
+	ErrWrongRole = errors.New("fsm: state file has another role")
 	// ErrUnknownFormat: the file was written by a newer version of kvd.
 	ErrUnknownFormat = errors.New("fsm: unknown state format")
 )

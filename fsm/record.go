@@ -1,6 +1,7 @@
 package fsm
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 //	key, system   the rows of the key spaces User and System: mvcc.Revision.AppendKey -> mvcc.AppendRow or
 //	              AppendTombstone. Name and content of the first are etcd's, so that hashes agree
 //	meta          format         -> 1 byte, formatVersion
+//	              role           -> witnessRole; absent if the file is for data
 //	              identity       -> group (8), cluster id (8); big endian, as all below
 //	              state          -> record of the last entry whose effects are in the file; absent before the first
 //	              configuration  -> latest raft configuration: appendConfiguration
@@ -27,6 +29,7 @@ var (
 	spaceBuckets = [spaces][]byte{[]byte("key"), []byte("system")}
 
 	formatKey        = []byte("format")
+	roleKey          = []byte("role")
 	identityKey      = []byte("identity")
 	stateKey         = []byte("state")
 	configurationKey = []byte("configuration")
@@ -137,6 +140,7 @@ func parseConfiguration(b []byte) (c raft.Configuration, err error) {
 
 // storedState is what the meta bucket holds.
 type storedState struct {
+	witness          bool
 	group, clusterID uint64
 	state            state
 	configuration    raft.Configuration
@@ -149,6 +153,13 @@ func readStored(tx *bbolt.Tx) (m storedState, err error) {
 	}
 	if format := bucket.Get(formatKey); len(format) != 1 || format[0] != formatVersion {
 		return m, fmt.Errorf("%w: %x", ErrUnknownFormat, format)
+	}
+	switch role := bucket.Get(roleKey); {
+	case role == nil:
+	case bytes.Equal(role, witnessRole):
+		m.witness = true
+	default:
+		return m, fmt.Errorf("%w: role %q", ErrUnknownFormat, role)
 	}
 	identity := bucket.Get(identityKey)
 	if len(identity) != 16 {
@@ -206,15 +217,7 @@ func (s *Store) load(db *bbolt.DB) (err error) {
 // prepare creates the buckets of a new file, and checks whose an old one is.
 func (s *Store) prepare(tx *bbolt.Tx) error {
 	if tx.Bucket(metaBucket) == nil {
-		for _, name := range [][]byte{metaBucket, spaceBuckets[User], spaceBuckets[System]} {
-			if _, err := tx.CreateBucket(name); err != nil {
-				return fmt.Errorf("%w: %w", ErrCorruptState, err)
-			}
-		}
-		if err := tx.Bucket(metaBucket).Put(formatKey, []byte{formatVersion}); err != nil {
-			return err
-		}
-		return putIdentity(tx, s.config.Group, s.config.ClusterID)
+		return s.create(tx)
 	}
 	m, err := readStored(tx)
 	if err != nil {
@@ -226,13 +229,33 @@ func (s *Store) prepare(tx *bbolt.Tx) error {
 		}
 	}
 	mine := s.config.ClusterID
-	if m.group != s.config.Group || m.clusterID != 0 && mine != 0 && m.clusterID != mine {
+	switch {
+	case m.group != s.config.Group || m.clusterID != 0 && mine != 0 && m.clusterID != mine:
 		return fmt.Errorf("%w: group %d of cluster %x instead of group %d of cluster %x", ErrForeignState, m.group, m.clusterID, s.config.Group, mine)
-	}
-	if m.clusterID == 0 && mine != 0 {
+	case m.witness != s.config.Witness:
+		return fmt.Errorf("%w: it is a witness's: %t", ErrWrongRole, m.witness)
+	case m.clusterID == 0 && mine != 0:
 		return putIdentity(tx, m.group, mine)
 	}
 	return nil
+}
+
+func (s *Store) create(tx *bbolt.Tx) error {
+	for _, name := range [][]byte{metaBucket, spaceBuckets[User], spaceBuckets[System]} {
+		if _, err := tx.CreateBucket(name); err != nil {
+			return fmt.Errorf("%w: %w", ErrCorruptState, err)
+		}
+	}
+	bucket := tx.Bucket(metaBucket)
+	if err := bucket.Put(formatKey, []byte{formatVersion}); err != nil {
+		return err
+	}
+	if s.config.Witness {
+		if err := bucket.Put(roleKey, witnessRole); err != nil {
+			return err
+		}
+	}
+	return putIdentity(tx, s.config.Group, s.config.ClusterID)
 }
 
 // rebuild reads the index back from the rows.

@@ -28,6 +28,9 @@ var errNothingDurable = errors.New("fsm: nothing is durable yet")
 // ViewSnapshot calls fn with a read transaction over what is durable, and its metadata from that transaction. Close
 // and Defragment's end wait for fn.
 func (s *Store) ViewSnapshot(ctx context.Context, fn func(tx *bbolt.Tx, meta snapshot.Meta) error) error {
+	if s.config.Witness {
+		return ErrWitness
+	}
 	if err := ctx.Err(); err != nil {
 		return err
 	}

@@ -20,7 +20,7 @@ import (
 	"kvd/snapshot/boltcheck"
 )
 
-// Store is the state of one data replica. Apply and ApplyConfiguration must not be called concurrently with each
+// Store is the state of one replica. Apply and ApplyConfiguration must not be called concurrently with each
 // other; every other method may be called at any time, by any number of goroutines.
 //
 // What has been applied is visible to reads at once and durable later: a crash loses what is above DurableIndex,
@@ -142,7 +142,9 @@ func Open(config Config) (*Store, error) {
 	s.file.Store(f)
 	signal(s.compactNow)
 	s.background.Go(s.flushLoop)
-	s.background.Go(s.compactLoop)
+	if !config.Witness {
+		s.background.Go(s.compactLoop)
+	}
 	return s, nil
 }
 
@@ -272,7 +274,7 @@ func (s *Store) Configuration() (c raft.Configuration, index uint64) {
 }
 
 // Digest is a hash over everything that was applied up to index: two replicas of a group with the same index and
-// different digests have diverged. Restarts and snapshots keep it.
+// different digests have diverged. Restarts and snapshots keep it. It is 0 for a witness.
 func (s *Store) Digest() (index, digest uint64) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()

@@ -35,6 +35,9 @@ func (s *Store) openView(ctx context.Context, space Space, current int64) (*view
 	if space >= spaces {
 		return nil, fmt.Errorf("%w: %d", ErrUnknownSpace, space)
 	}
+	if s.config.Witness {
+		return nil, ErrWitness
+	}
 	sp := s.spaces[space]
 	s.mu.RLock()
 	defer s.mu.RUnlock()
