@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -37,15 +38,18 @@ func newDemoNodes(n int, dir string) ([]*demoNode, error) {
 	return nodes, nil
 }
 
-// freeAddresses finds n loopback addresses that nobody listens on.
+// freeAddresses finds n loopback addresses that nobody listens on. They are below the range that the kernel hands out
+// for outgoing connections: nobody's connection takes the port of a node that is down for a moment.
 func freeAddresses(n int) (addresses []string, err error) {
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
+	const firstPort, ports, attempts = 10000, 22000, 100
+	for failed := 0; len(addresses) < n; {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", firstPort+rand.IntN(ports)))
+		if err == nil {
+			defer l.Close() // held until all are found, so that they differ
+			addresses = append(addresses, l.Addr().String())
+		} else if failed++; failed == attempts {
 			return nil, fmt.Errorf("find a free port: %w", err)
 		}
-		defer l.Close() // held until all are found, so that they differ
-		addresses = append(addresses, l.Addr().String())
 	}
 	return addresses, nil
 }

@@ -179,14 +179,20 @@ func kvdUntil(ctx context.Context, in string, args ...string) (code int, out, er
 	return code, stdout.String(), stderr.String()
 }
 
-// deadAddress is a loopback address that refuses connections.
+// deadAddress is a loopback address that refuses connections, and that nobody else gets: it is the client's end of one.
 func deadAddress(t *testing.T) string {
 	t.Helper()
-	addresses, err := freeAddresses(1)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return addresses[0]
+	t.Cleanup(func() { listener.Close() })
+	conn, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn.LocalAddr().String()
 }
 
 var errTest = errors.New("planted")
