@@ -32,6 +32,9 @@ type Config struct {
 	FlushBytes    int64
 	MaxLagBytes   int64
 
+	// Flushes bounds how many stores write at a time; nil does not.
+	Flushes *Flushes
+
 	// CompactionBatch (1000) keys are looked at, and ten times as many rows deleted, per step of a physical
 	// compaction; CompactionPause (10 ms) lies between steps.
 	CompactionBatch int
@@ -54,6 +57,7 @@ type faults struct {
 	flushFails      func() error          // this flush fails
 	rowNotDeleted   func(key []byte) bool // this compaction leaves the row
 	outOfOrder      bool                  // compaction deletes newest rows first
+	unlimited       bool                  // flushes do not wait for their turn
 	nameNotSynced   func() error          // the name of a defragmented file cannot be made durable
 	copying         func()                // called before a defragmentation copies
 }

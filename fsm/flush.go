@@ -128,7 +128,14 @@ func (s *Store) takeBatch() (flushBatch, error) {
 // maxActiveCapacity is how many rows are made room for in advance, whatever the last batch had.
 const maxActiveCapacity = 1 << 16
 
+// flush waits for its turn and writes what has been applied until then.
 func (s *Store) flush() error {
+	if !s.config.faults.unlimited {
+		asked := time.Now()
+		s.config.Flushes.begin()
+		defer s.config.Flushes.end()
+		s.metrics.turnSeconds.Add(time.Since(asked).Seconds())
+	}
 	start := time.Now()
 	b, err := s.takeBatch()
 	if err != nil {

@@ -17,6 +17,7 @@ type metrics struct {
 	applySeconds, flushSeconds   prometheus.Histogram
 	requests, rows, deletedRows  prometheus.Counter
 	stallSeconds, flushedRowData prometheus.Counter
+	turnSeconds                  prometheus.Counter
 }
 
 func newMetrics(r prometheus.Registerer) *metrics {
@@ -46,6 +47,7 @@ func newMetrics(r prometheus.Registerer) *metrics {
 		rows:           counter("flushed_rows_total", "Rows written to disk."),
 		flushedRowData: counter("flushed_bytes_total", "Bytes of rows written to disk."),
 		deletedRows:    counter("compacted_rows_total", "Rows deleted by compaction."),
+		turnSeconds:    counter("flush_wait_seconds_total", "Time that flushes have waited for those of other groups."),
 		stallSeconds:   counter("apply_stall_seconds_total", "Time that apply has waited for the disk."),
 	}
 }
