@@ -355,25 +355,46 @@ func loopback(t *testing.T, name string, peers map[string]string) Config {
 	}
 }
 
-func freePorts(t *testing.T, n int) (addrs []string) {
-	t.Helper()
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		addrs = append(addrs, l.Addr().String())
+// portsOfOwn is the real network with whatever ports are free: one chosen before it is listened on could be taken.
+type portsOfOwn struct {
+	tcpNetwork
+	mu    sync.Mutex
+	addrs map[string]string
+}
+
+func (p *portsOfOwn) Listen(addr string) (net.Listener, error) {
+	l, err := p.tcpNetwork.Listen("127.0.0.1:0")
+	if err != nil {
+		return nil, err
 	}
-	return addrs
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.addrs[addr] = l.Addr().String()
+	return l, nil
+}
+
+func (p *portsOfOwn) Dial(ctx context.Context, addr string) (net.Conn, error) {
+	p.mu.Lock()
+	at := p.addrs[addr]
+	p.mu.Unlock()
+	if at == "" {
+		return nil, fmt.Errorf("nobody listens on %s yet", addr)
+	}
+	return p.tcpNetwork.Dial(ctx, at)
 }
 
 func TestAClusterOverLoopback(t *testing.T) {
-	addrs := freePorts(t, 3)
-	peers := map[string]string{"n1": addrs[0], "n2": addrs[1], "n3": addrs[2]}
+	tcp, err := newTCPNetwork(transport.TLSConfig{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	network := &portsOfOwn{tcpNetwork: tcp, addrs: make(map[string]string)}
+	peers := map[string]string{"n1": "n1:1", "n2": "n2:1", "n3": "n3:1"}
 	configs := make(map[string]Config)
 	for name := range peers {
-		configs[name] = loopback(t, name, peers)
+		cfg := loopback(t, name, peers)
+		cfg.Network = network
+		configs[name] = cfg
 	}
 	for round := range 2 {
 		nodes := make(map[string]*Node)
