@@ -135,10 +135,11 @@ func (c *Cluster) Leader(ctx context.Context) (string, error) {
 		name string
 		term uint64
 	}
-	answers := make(chan answer, len(c.names))
+	names := c.Names()
+	answers := make(chan answer, len(names))
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	for _, name := range c.names {
+	for _, name := range names {
 		go func() { // ends with ctx; the channel takes every answer
 			status, err := c.Status(ctx, name)
 			if err != nil || status.Leader != status.Header.MemberId {
@@ -149,7 +150,7 @@ func (c *Cluster) Leader(ctx context.Context) (string, error) {
 		}()
 	}
 	var best answer
-	for range c.names {
+	for range names {
 		if a := <-answers; a.term > best.term {
 			best = a
 		}

@@ -6,8 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -44,12 +46,14 @@ type Cluster struct {
 	Dir   string // of data directories, logs and certificates
 	Certs Certificates
 
-	cfg   Config
-	names []string
-	nodes map[string]*Node
-	links map[[2]string]*Link
+	cfg    Config
+	binary string
+	links  map[[2]string]*Link
 
 	mu      sync.Mutex
+	names   []string
+	nodes   map[string]*Node
+	joiners map[string]string           // nodes that join a running cluster, and through whom
 	clients map[string]*clientv3.Client // by address
 }
 
@@ -91,27 +95,27 @@ func prepare(binary string, cfg Config) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Cluster{Dir: dir, cfg: cfg, nodes: make(map[string]*Node), links: make(map[[2]string]*Link),
-		clients: make(map[string]*clientv3.Client)}
+	c := &Cluster{Dir: dir, cfg: cfg, binary: binary, nodes: make(map[string]*Node), links: make(map[[2]string]*Link),
+		joiners: make(map[string]string), clients: make(map[string]*clientv3.Client)}
 	if cfg.TLS != Plain {
 		if c.Certs, err = NewCertificates(filepath.Join(dir, "certs")); err != nil {
 			return c, err
 		}
 	}
 	for i := range cfg.Nodes {
-		if err := c.addNode(fmt.Sprintf("n%d", i+1), binary); err != nil {
+		if _, err := c.addNode(fmt.Sprintf("n%d", i+1)); err != nil {
 			return c, err
 		}
 	}
 	if !cfg.Links {
 		return c, nil
 	}
-	for _, from := range c.names {
-		for _, to := range c.names {
+	for _, from := range c.Names() {
+		for _, to := range c.Names() {
 			if from == to {
 				continue
 			}
-			if c.links[[2]string{from, to}], err = newLink(c.nodes[to].PeerAddr); err != nil {
+			if c.links[[2]string{from, to}], err = newLink(c.Node(to).PeerAddr); err != nil {
 				return c, err
 			}
 		}
@@ -119,26 +123,53 @@ func prepare(binary string, cfg Config) (*Cluster, error) {
 	return c, nil
 }
 
-func (c *Cluster) addNode(name, binary string) error {
-	n := &Node{Name: name, Dir: filepath.Join(c.Dir, name), binary: binary}
+func (c *Cluster) addNode(name string) (*Node, error) {
+	n := &Node{Name: name, Dir: filepath.Join(c.Dir, name), binary: c.binary}
 	if dir, ok := c.cfg.Dirs[name]; ok {
 		n.Dir = dir
 	}
 	var err error
 	if n.Log, err = newLog(filepath.Join(c.Dir, name+".log")); err != nil {
-		return err
+		return nil, err
 	}
 	n.args = func() []string { return c.args(n) }
+	c.mu.Lock()
 	c.names = append(c.names, name)
 	c.nodes[name] = n
-	return n.readdress()
+	c.mu.Unlock()
+	return n, n.readdress()
+}
+
+// Join starts one more node, which joins the cluster through another one, and waits until it serves. Links, if
+// there are any, do not stand between it and the others.
+func (c *Cluster) Join(ctx context.Context, via string) (name string, err error) {
+	name = fmt.Sprintf("n%d", len(c.Names())+1)
+	c.mu.Lock()
+	c.joiners[name] = via
+	c.mu.Unlock()
+	if _, err := c.addNode(name); err != nil {
+		return "", err
+	}
+	return name, c.StartNodes(ctx, name)
+}
+
+// Forget takes a node that has left the cluster, and has been killed, off the list of nodes. Its log stays.
+func (c *Cluster) Forget(name string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.names = slices.DeleteFunc(c.names, func(n string) bool { return n == name })
 }
 
 // args are the flags of a node's next start.
 func (c *Cluster) args(n *Node) []string {
 	args := []string{"start", "--name", n.Name, "--data-dir", n.Dir, "--listen-client", n.ClientAddr(),
 		"--listen-peer", n.PeerAddr(), "--listen-http", n.HTTPAddr()}
-	if peers := c.peers(n); peers != "" {
+	c.mu.Lock()
+	via, joins := c.joiners[n.Name]
+	c.mu.Unlock()
+	if joins {
+		args = append(args, "--join", c.Node(via).PeerAddr())
+	} else if peers := c.peers(n); peers != "" {
 		args = append(args, "--peers", peers)
 	}
 	if c.cfg.TLS != Plain {
@@ -154,12 +185,14 @@ func (c *Cluster) args(n *Node) []string {
 // peers is a node's view of the others: their links if there are any, else their addresses.
 func (c *Cluster) peers(n *Node) string {
 	names := c.cfg.Peers
-	if names == nil && len(c.names) > 1 {
-		names = c.names
+	if names == nil && c.cfg.Nodes > 1 {
+		for i := range c.cfg.Nodes {
+			names = append(names, fmt.Sprintf("n%d", i+1))
+		}
 	}
 	var peers []string
 	for _, name := range names {
-		address := c.nodes[name].PeerAddr()
+		address := c.Node(name).PeerAddr()
 		if link, ok := c.links[[2]string{n.Name, name}]; ok {
 			address = link.Addr()
 		}
@@ -169,11 +202,24 @@ func (c *Cluster) peers(n *Node) string {
 }
 
 // Names returns the names of the nodes.
-func (c *Cluster) Names() []string { return append([]string(nil), c.names...) }
+func (c *Cluster) Names() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.names)
+}
+
+// all returns every node that there has ever been.
+func (c *Cluster) all() []*Node {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.SortedFunc(maps.Values(c.nodes), func(a, b *Node) int { return strings.Compare(a.Name, b.Name) })
+}
 
 // Node returns a node by name; it panics if there is none.
 func (c *Cluster) Node(name string) *Node {
+	c.mu.Lock()
 	n, ok := c.nodes[name]
+	c.mu.Unlock()
 	if !ok {
 		panic("no node named " + name)
 	}
@@ -184,11 +230,11 @@ func (c *Cluster) Node(name string) *Node {
 // starts over with other ports: the cluster must not have any data yet.
 func (c *Cluster) Start(ctx context.Context) error {
 	for try := 1; ; try++ {
-		err := c.StartNodes(ctx, c.names...)
+		err := c.StartNodes(ctx, c.Names()...)
 		if err == nil || try == portRaceTries || !c.portTaken() {
 			return err
 		}
-		for _, n := range c.nodes {
+		for _, n := range c.all() {
 			if err := errors.Join(n.Kill(), n.Wipe(), n.readdress()); err != nil {
 				return err
 			}
@@ -197,7 +243,7 @@ func (c *Cluster) Start(ctx context.Context) error {
 }
 
 func (c *Cluster) portTaken() bool {
-	for _, n := range c.nodes {
+	for _, n := range c.all() {
 		if !n.Running() && n.Log.Contains("address already in use") {
 			return true
 		}
@@ -238,10 +284,11 @@ func (c *Cluster) Restart(ctx context.Context, name string) error {
 
 // KillAll kills all nodes at once.
 func (c *Cluster) KillAll() error {
-	errs := make([]error, len(c.names))
+	nodes := c.all()
+	errs := make([]error, len(nodes))
 	var group sync.WaitGroup
-	for i, name := range c.names {
-		group.Go(func() { errs[i] = c.Node(name).Kill() })
+	for i, n := range nodes {
+		group.Go(func() { errs[i] = n.Kill() })
 	}
 	group.Wait()
 	return errors.Join(errs...)
@@ -252,12 +299,12 @@ func (c *Cluster) RestartAll(ctx context.Context) error {
 	if err := c.KillAll(); err != nil {
 		return err
 	}
-	for _, n := range c.nodes {
+	for _, n := range c.all() {
 		if err := n.readdress(); err != nil {
 			return err
 		}
 	}
-	return c.StartNodes(ctx, c.names...)
+	return c.StartNodes(ctx, c.Names()...)
 }
 
 // Link returns the way from one node to another. The cluster must have been configured with Links.
@@ -298,16 +345,15 @@ func (c *Cluster) finish(tb testing.TB) {
 	if err := c.Close(); err != nil {
 		tb.Errorf("closing the cluster: %v", err)
 	}
-	for _, name := range c.names {
-		n := c.nodes[name]
+	for _, n := range c.all() {
 		if text := n.Log.all(); strings.Contains(text, "DATA RACE") || strings.Contains(text, "panic: ") {
-			tb.Errorf("node %s panicked or raced:\n%s", name, around(text))
+			tb.Errorf("node %s panicked or raced:\n%s", n.Name, around(text))
 		}
 		n.Log.file.Close()
 	}
 	if tb.Failed() {
-		for _, name := range c.names {
-			tb.Logf("the end of %s's log (%d starts):\n%s", name, c.nodes[name].Starts(), c.nodes[name].Log.Tail(tailLines))
+		for _, n := range c.all() {
+			tb.Logf("the end of %s's log (%d starts):\n%s", n.Name, n.Starts(), n.Log.Tail(tailLines))
 		}
 		if os.Getenv(envKeep) != "" {
 			tb.Logf("all files are kept in %s", c.Dir)
