@@ -138,6 +138,7 @@ func TestDeadlineTravels(t *testing.T) {
 		start := time.Now()
 		result := h.calling(ctx, a, "b")
 		net.memory.Partition("a", "b")
+		net.memory.Partition("b", "a") // nor does the handler's word, which is as late as the caller's own deadline
 		if err := <-h.ended; err != context.DeadlineExceeded || time.Since(start) != 3*time.Second {
 			t.Errorf("the handler's context: %v after %v", err, time.Since(start))
 		}
