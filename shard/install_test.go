@@ -531,7 +531,7 @@ func TestALearnerCatchesUpByASnapshot(t *testing.T) {
 		if _, err := leader.Promote(ctx, "n4/1", index); err != nil {
 			t.Error(err)
 		}
-		if first, _ := learner.log.FirstIndex(); first <= 1 {
+		if first := learner.Status().FirstLogIndex; first <= 1 {
 			t.Errorf("the learner's log begins at %d: it was not a snapshot", first)
 		}
 	})

@@ -3,6 +3,7 @@ package shard
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -36,9 +37,21 @@ type Status struct {
 	AppliedIndex uint64 // applied to the readable state
 	DurableIndex uint64 // in the state file
 	LastLogIndex uint64
+	// FirstLogIndex is that of the first entry in the log; if the log is empty,
+	// the one with which it will begin.
+	FirstLogIndex uint64
 	// ConfigurationIndex is the log index of the latest applied configuration.
 	ConfigurationIndex uint64
-	Members            []Member
+	// ConfigurationCommitted is false while Members are of a later one.
+	ConfigurationCommitted bool
+	Members                []Member // the latest configuration, committed or not
+}
+
+// Following is how far another member follows this leader, by its own answers
+// in the leader's term.
+type Following struct {
+	Match uint64    // highest log index known to be on its disk; 0: unknown
+	Acked time.Time // when the latest message that it took was sent; zero: none
 }
 
 // NodeOf is the node part of a replica id, empty if the id is malformed.
@@ -81,11 +94,40 @@ func (r *Replica) Status() Status {
 		CommitIndex: l.raft.CommitIndex(), LastLogIndex: l.raft.LastIndex(),
 		AppliedIndex: l.state.store.AppliedIndex(), DurableIndex: l.state.store.DurableIndex(),
 	}
-	_, s.ConfigurationIndex = l.state.store.Configuration()
-	for _, server := range l.raft.GetConfiguration().Configuration().Servers {
+	if s.FirstLogIndex, _ = r.log.FirstIndex(); s.FirstLogIndex == 0 {
+		s.FirstLogIndex = s.DurableIndex + 1
+	}
+	latest := l.raft.GetConfiguration().Configuration()
+	for _, server := range latest.Servers {
 		s.Members = append(s.Members, Member{ID: server.ID, Node: NodeOf(server.ID), Voter: server.Suffrage == raft.Voter})
 	}
+	// Raft does not tell the index of its latest configuration. One that is not
+	// applied yet differs, unless it takes back the one before; then a change
+	// planned on the index is refused.
+	applied, index := l.state.store.Configuration()
+	s.ConfigurationIndex, s.ConfigurationCommitted = index, slices.Equal(applied.Servers, latest.Servers)
 	return s
+}
+
+// Witness reports whether this replica is a witness: it votes and keeps the
+// log, but has no state and serves nothing.
+func (r *Replica) Witness() bool { return IsWitness(r.cfg.Replica) }
+
+// Followers tells how far the other members follow, voters and learners; nil
+// if this replica does not lead and serve.
+func (r *Replica) Followers() map[raft.ServerID]Following {
+	l := r.life.Load()
+	e := l.role.Load()
+	if e == nil || !e.isServing() {
+		return nil
+	}
+	all := make(map[raft.ServerID]Following)
+	for _, s := range l.raft.GetConfiguration().Configuration().Servers {
+		if s.ID != r.cfg.Replica {
+			all[s.ID] = Following{Match: l.transport.MatchIndex(s.ID, e.term), Acked: l.transport.Acked(s.ID, e.term)}
+		}
+	}
+	return all
 }
 
 // Match is the highest log index that the member is known, by its own answers
@@ -171,8 +213,8 @@ func (l *life) await(ctx context.Context, call func() error) error {
 }
 
 // TransferLeadership hands the leadership to a voter on the given node, or to
-// the most advanced one if node is empty, and returns when this replica no
-// longer leads.
+// the most advanced one if node is empty, never to a witness, and returns when
+// this replica no longer leads.
 func (r *Replica) TransferLeadership(ctx context.Context, node string) error {
 	l := r.life.Load()
 	e, err := l.serving(ctx)
@@ -206,7 +248,7 @@ func (l *life) successor(e *epoch, node string) (raft.ServerID, error) {
 	var best raft.ServerID
 	var match uint64
 	for _, s := range l.raft.GetConfiguration().Configuration().Servers {
-		if s.Suffrage != raft.Voter || s.ID == l.r.cfg.Replica || node != "" && NodeOf(s.ID) != node {
+		if s.Suffrage != raft.Voter || IsWitness(s.ID) || s.ID == l.r.cfg.Replica || node != "" && NodeOf(s.ID) != node {
 			continue
 		}
 		if m := l.transport.MatchIndex(s.ID, e.term); best == "" || m > match {
@@ -222,9 +264,10 @@ func (l *life) successor(e *epoch, node string) (raft.ServerID, error) {
 	return best, nil
 }
 
+// voterOn is the voter with a state on a node.
 func voterOn(c raft.Configuration, node string) (raft.ServerID, bool) {
 	for _, s := range c.Servers {
-		if s.Suffrage == raft.Voter && NodeOf(s.ID) == node {
+		if s.Suffrage == raft.Voter && NodeOf(s.ID) == node && !IsWitness(s.ID) {
 			return s.ID, true
 		}
 	}

@@ -1,26 +1,20 @@
 package shard
 
 import (
-	"strconv"
-
 	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
 // metrics are the replica's own; state machine, log and transport have theirs.
 type metrics struct {
-	registerer prometheus.Registerer
-	collectors []prometheus.Collector
+	registry *registry
 
 	commitSeconds, confirmSeconds, applySeconds, batchRequests prometheus.Histogram
 	shed, leaderChanges, truncations, installs, diskStalls     prometheus.Counter
 }
 
 func newMetrics(r *Replica) *metrics {
-	m := &metrics{}
-	if r.cfg.Registerer != nil {
-		m.registerer = prometheus.WrapRegistererWith(prometheus.Labels{"group": strconv.FormatUint(r.cfg.Group, 10)}, r.cfg.Registerer)
-	}
+	m := &metrics{registry: r.registry}
 	seconds := prometheus.ExponentialBuckets(0.0001, 2, 17)
 	m.commitSeconds = m.histogram("commit_seconds", "Time from proposing a log entry until it is applied here.", seconds)
 	m.confirmSeconds = m.histogram("read_confirm_seconds", "Time for a quorum to confirm the leadership for a read.", seconds)
@@ -79,15 +73,8 @@ func newMetrics(r *Replica) *metrics {
 }
 
 func (m *metrics) register(c prometheus.Collector) {
-	if m.registerer != nil {
-		m.registerer.MustRegister(c)
-		m.collectors = append(m.collectors, c)
-	}
-}
-
-func (m *metrics) unregister() {
-	for _, c := range m.collectors {
-		m.registerer.Unregister(c)
+	if m.registry != nil {
+		m.registry.MustRegister(c)
 	}
 }
 

@@ -163,10 +163,11 @@ func (c *Config) Validate() error {
 
 // Replica is one replica of a group. All methods are safe for concurrent use.
 type Replica struct {
-	cfg     Config
-	log     LogStore
-	metrics *metrics
-	slog    *slog.Logger
+	cfg      Config
+	log      LogStore
+	registry *registry
+	metrics  *metrics
+	slog     *slog.Logger
 
 	installing sync.Mutex // tried, never waited for: one snapshot at a time
 
@@ -187,6 +188,7 @@ func Create(cfg Config) error {
 	if err != nil {
 		return err
 	}
+	defer r.registry.close()
 	return errors.Join(r.log.Close(), store.Close())
 }
 
@@ -199,7 +201,7 @@ func Open(cfg Config) (*Replica, error) {
 	}
 	r.metrics = newMetrics(r)
 	if err := r.startLife(newState(store), cfg.Bootstrap); err != nil {
-		r.metrics.unregister()
+		defer r.registry.close()
 		return nil, errors.Join(err, r.log.Close(), store.Close())
 	}
 	return r, nil
@@ -217,19 +219,28 @@ func open(cfg Config) (*Replica, *fsm.Store, error) {
 	if err := snapshot.Cleanup(cfg.Dir); err != nil {
 		return nil, nil, err
 	}
-	r := &Replica{cfg: cfg, turn: make(chan struct{}, 1), slog: cfg.Logger.With("group", cfg.Group, "replica", string(cfg.Replica))}
+	r := &Replica{cfg: cfg, turn: make(chan struct{}, 1), slog: cfg.Logger.With("group", cfg.Group, "replica", string(cfg.Replica)), registry: newRegistry(cfg)}
 	r.changed.init()
-	store, err := r.openState(r.statePath())
+	store, err := r.openFiles()
 	if err != nil {
+		r.registry.close()
 		return nil, nil, err
 	}
-	if r.log, err = cfg.OpenLog(r.truncationGuard); err != nil {
-		return nil, nil, errors.Join(err, store.Close())
+	return r, store, nil
+}
+
+func (r *Replica) openFiles() (*fsm.Store, error) {
+	store, err := r.openState(r.statePath())
+	if err != nil {
+		return nil, err
+	}
+	if r.log, err = r.cfg.OpenLog(r.truncationGuard); err != nil {
+		return nil, errors.Join(err, store.Close())
 	}
 	if err := r.repairLog(store); err != nil {
-		return nil, nil, errors.Join(err, r.log.Close(), store.Close())
+		return nil, errors.Join(err, r.log.Close(), store.Close())
 	}
-	return r, store, nil
+	return store, nil
 }
 
 // StateFile is the name of the state in a replica's directory.
@@ -240,7 +251,7 @@ func (r *Replica) statePath() string { return filepath.Join(r.cfg.Dir, StateFile
 func (r *Replica) openState(path string) (*fsm.Store, error) {
 	cfg := r.cfg.State
 	cfg.Path, cfg.Group, cfg.ClusterID = path, r.cfg.Group, r.cfg.ClusterID
-	cfg.Logger, cfg.Registerer = r.slog, r.cfg.Registerer
+	cfg.Logger, cfg.Registerer = r.slog, r.registry.registerer()
 	return fsm.Open(cfg)
 }
 
@@ -257,7 +268,7 @@ func (r *Replica) Close() error {
 	l := r.life.Load()
 	l.stop()
 	r.changed.fire()
-	r.metrics.unregister()
+	defer r.registry.close()
 	return errors.Join(l.state.retire(), l.state.waitClosed(closeWait), r.log.Close())
 }
 

@@ -2,6 +2,7 @@ package shard
 
 import (
 	"errors"
+	"math"
 	"sync"
 
 	"github.com/hashicorp/raft"
@@ -18,9 +19,9 @@ type tail struct {
 	due          chan struct{} // capacity 1
 
 	mu      sync.Mutex
-	sizes   []int64 // ring of the last keepEntries sizes
-	next    int
-	entries uint64 // since the last truncation
+	sizes   []uint32 // ring of the last keepEntries sizes; grows up to that
+	next    int      // of the ring, once it is full
+	entries uint64   // since the last truncation
 	bytes   int64
 }
 
@@ -28,8 +29,7 @@ func newTail(cfg Config) *tail {
 	return &tail{
 		limitEntries: cfg.SnapshotEntries, limitBytes: cfg.SnapshotBytes,
 		keepEntries: cfg.TrailingEntries, keepBytes: cfg.TrailingBytes,
-		due:   make(chan struct{}, 1),
-		sizes: make([]int64, max(1, cfg.TrailingEntries)),
+		due: make(chan struct{}, 1),
 	}
 }
 
@@ -40,8 +40,12 @@ func (t *tail) add(entry *raft.Log) {
 	size := int64(len(entry.Data)) + entryOverhead
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.sizes[t.next] = size
-	t.next = (t.next + 1) % len(t.sizes)
+	if uint64(len(t.sizes)) < max(1, t.keepEntries) {
+		t.sizes = append(t.sizes, uint32(min(size, math.MaxUint32)))
+	} else {
+		t.sizes[t.next] = uint32(min(size, math.MaxUint32))
+		t.next = (t.next + 1) % len(t.sizes)
+	}
 	t.entries++
 	t.bytes += size
 	if t.entries >= t.limitEntries || t.bytes >= t.limitBytes {
@@ -60,8 +64,8 @@ func (t *tail) restart() uint64 {
 	var kept uint64
 	var sum int64
 	for i := range t.sizes {
-		size := t.sizes[(t.next-1-i+2*len(t.sizes))%len(t.sizes)]
-		if size == 0 || sum+size > t.keepBytes {
+		size := int64(t.sizes[(t.next-1-i+2*len(t.sizes))%len(t.sizes)])
+		if sum+size > t.keepBytes {
 			break
 		}
 		sum += size

@@ -14,46 +14,54 @@ const (
 )
 
 type metrics struct {
+	registerer prometheus.Registerer
+	own        []prometheus.Collector // registered here
+
 	write                    map[string]prometheus.Observer
 	batchEntries, batchBytes prometheus.Observer
 }
 
 // newMetrics registers the metrics, or finds them registered by an earlier Store over the same registerer.
 func newMetrics(r prometheus.Registerer) metrics {
-	seconds := register(r, prometheus.NewHistogramVec(prometheus.HistogramOpts{
+	m := metrics{registerer: r, write: map[string]prometheus.Observer{}}
+	seconds := register(&m, prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Name:    "kvd_raftlog_write_seconds",
 		Help:    "Duration of write transactions of the raft log's file, with their fsyncs, by kind.",
 		Buckets: prometheus.ExponentialBuckets(0.0001, 2, 18), // 0.1 ms to 13 s
 	}, []string{"op"}))
-	m := metrics{
-		write: map[string]prometheus.Observer{},
-		batchEntries: register(r, prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name:    "kvd_raftlog_batch_entries",
-			Help:    "Entries appended to the raft log in one transaction.",
-			Buckets: prometheus.ExponentialBuckets(1, 2, 11),
-		})),
-		batchBytes: register(r, prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name:    "kvd_raftlog_batch_bytes",
-			Help:    "Bytes of entries appended to the raft log in one transaction.",
-			Buckets: prometheus.ExponentialBuckets(256, 4, 10), // up to 64 MiB
-		})),
-	}
+	m.batchEntries = register(&m, prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name:    "kvd_raftlog_batch_entries",
+		Help:    "Entries appended to the raft log in one transaction.",
+		Buckets: prometheus.ExponentialBuckets(1, 2, 11),
+	}))
+	m.batchBytes = register(&m, prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name:    "kvd_raftlog_batch_bytes",
+		Help:    "Bytes of entries appended to the raft log in one transaction.",
+		Buckets: prometheus.ExponentialBuckets(256, 4, 10), // up to 64 MiB
+	}))
 	for _, op := range []string{opAppend, opTruncate, opStable} {
 		m.write[op] = seconds.WithLabelValues(op)
 	}
 	return m
 }
 
-func register[C prometheus.Collector](r prometheus.Registerer, c C) C {
-	if r == nil {
+func register[C prometheus.Collector](m *metrics, c C) C {
+	if m.registerer == nil {
 		return c
 	}
-	err := r.Register(c)
+	err := m.registerer.Register(c)
 	if again := (prometheus.AlreadyRegisteredError{}); errors.As(err, &again) {
 		return again.ExistingCollector.(C)
 	}
 	if err != nil {
 		panic(err) // two metrics of one name that differ: a bug
 	}
+	m.own = append(m.own, c)
 	return c
+}
+
+func (m *metrics) unregister() {
+	for _, c := range m.own {
+		m.registerer.Unregister(c)
+	}
 }

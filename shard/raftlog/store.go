@@ -158,6 +158,7 @@ func Open(o Options) (*Store, error) {
 		err = syncDir(filepath.Dir(o.Path)) // the name of a new file
 	}
 	if err != nil {
+		s.metrics.unregister()
 		bolt.Close()
 		return nil, err
 	}
@@ -231,6 +232,7 @@ func (s *Store) Close() error {
 	if closed {
 		return nil
 	}
+	s.metrics.unregister()
 	return s.bolt.Close()
 }
 
