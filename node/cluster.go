@@ -126,7 +126,9 @@ func (c cluster) Members() []server.Member {
 	}
 	list := make([]server.Member, 0, len(members))
 	for _, m := range members {
-		list = append(list, c.member(m, !voters[string(m.Replica)]))
+		// Where the keys are in shards, every node serves some.
+		learner := !voters[string(m.Replica)] && c.n.cfg.Strategy == StrategyFull
+		list = append(list, c.member(m, learner))
 	}
 	return list
 }

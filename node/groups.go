@@ -138,6 +138,7 @@ func (g *groups) scan() error {
 // run follows the map until ctx ends.
 func (g *groups) run(ctx context.Context) {
 	settled := int64(-1) // revision of the map
+	said := ""
 	for ctx.Err() == nil {
 		m, applied, err := g.n.localMap(ctx, settled)
 		if err == nil && m != nil {
@@ -146,7 +147,10 @@ func (g *groups) run(ctx context.Context) {
 				settled = m.Revision
 			}
 		}
-		if err != nil && ctx.Err() == nil {
+		if err == nil {
+			said = ""
+		} else if ctx.Err() == nil && err.Error() != said {
+			said = err.Error()
 			g.n.log.Warn("this node's replicas are not yet what the cluster map says", "error", err)
 		}
 		g.refreshUsable()

@@ -259,11 +259,20 @@ func (n *Node) replicaConfig(group uint64, id raft.ServerID, dir string) shard.C
 	}
 }
 
-// awaitReady waits for the first linearizable read that this node answers.
+// allShardsPatience is how long a node that starts waits for every shard to
+// answer. After that, one has to do: some may have lost too many nodes.
+const allShardsPatience = 15 * time.Second
+
+// awaitReady waits for the first linearizable read that this node answers: of
+// all keys, if they are in shards.
 func (n *Node) awaitReady(ctx context.Context) {
-	for ctx.Err() == nil {
+	for start := time.Now(); ctx.Err() == nil; {
+		request := &pb.RangeRequest{Key: []byte{0}, CountOnly: true}
+		if n.cfg.Strategy == StrategyConsistent && time.Since(start) < allShardsPatience {
+			request.RangeEnd = []byte{0}
+		}
 		attempt, cancel := context.WithTimeout(ctx, 5*time.Second)
-		_, err := n.server.KV().Range(attempt, &pb.RangeRequest{Key: []byte{0}, CountOnly: true})
+		_, err := n.server.KV().Range(attempt, request)
 		cancel()
 		if err == nil {
 			close(n.ready)
