@@ -66,7 +66,7 @@ func (r *Replica) startLife(st *state, bootstrap *raft.Configuration) error {
 	}
 	l := &life{
 		r: r, transport: transport, state: st,
-		snapshots: snapshot.NewStore(st.store, snapshot.Config{Logger: r.slog, Registerer: r.registry.registerer()}),
+		snapshots: snapshot.NewStore(st.store, snapshot.Config{Limit: r.cfg.Streams, Logger: r.slog, Registerer: r.registry.registerer()}),
 		notify:    make(chan bool, 64),
 		tail:      newTail(r.cfg),
 	}

@@ -81,6 +81,9 @@ type Config struct {
 	OpenLog func(guard func() uint64) (LogStore, error)
 	// State tunes the state machine; Path, Group and ClusterID are filled in.
 	State fsm.Config
+	// Streams bounds the snapshots that the replicas of a process send at a
+	// time; nil: no bound.
+	Streams *snapshot.Limit
 
 	HeartbeatTimeout time.Duration // follower without contact starts an election; 1 s
 	ElectionTimeout  time.Duration // candidate without a result tries again; 1 s

@@ -41,6 +41,9 @@ type Config struct {
 	// a negative value is none.
 	Linger time.Duration
 
+	// Limit is shared by the Stores whose streams together have a bound; nil is none.
+	Limit *Limit
+
 	Logger     *slog.Logger          // nil discards
 	Registerer prometheus.Registerer // nil registers nothing
 }
@@ -51,6 +54,7 @@ type Config struct {
 type Store struct {
 	src     Source
 	linger  time.Duration
+	limit   *Limit
 	log     *slog.Logger
 	metrics metrics
 	ctx     context.Context // ends the streams at Close
@@ -60,6 +64,32 @@ type Store struct {
 	mu     sync.Mutex // never held while src is called
 	closed bool
 	holds  map[*stream]hold
+}
+
+// Limit bounds how many streams are open at a time. A node that has been away lags in all its groups, and their
+// leaders would all stream to it at once.
+type Limit struct{ slots chan struct{} }
+
+// NewLimit returns a Limit of n streams, at least one.
+func NewLimit(n int) *Limit { return &Limit{slots: make(chan struct{}, max(1, n))} }
+
+// enter waits for room.
+func (l *Limit) enter(ctx context.Context) error {
+	if l == nil {
+		return nil
+	}
+	select {
+	case l.slots <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ErrClosed
+	}
+}
+
+func (l *Limit) leave() {
+	if l != nil {
+		<-l.slots
+	}
 }
 
 // hold keeps log entries from index on, until the time expires if that is set.
@@ -72,7 +102,7 @@ var _ raft.SnapshotStore = (*Store)(nil)
 
 // NewStore returns a Store over src, whose methods it calls from many goroutines until Close.
 func NewStore(src Source, cfg Config) *Store {
-	s := &Store{src: src, linger: cfg.Linger, log: cfg.Logger, metrics: newMetrics(cfg.Registerer), holds: map[*stream]hold{}}
+	s := &Store{src: src, linger: cfg.Linger, limit: cfg.Limit, log: cfg.Logger, metrics: newMetrics(cfg.Registerer), holds: map[*stream]hold{}}
 	if s.linger == 0 {
 		s.linger = DefaultLinger
 	}
@@ -158,8 +188,21 @@ func (s *Store) Guard() uint64 {
 // Open starts a stream of the newest durable state, whatever id names: raft goes by the metadata returned
 // here. The reader gives exactly meta.Size bytes, or an error in place of io.EOF; it is for one goroutine.
 // Until it is closed it keeps a read transaction open, and the log from meta.Index on (see HoldIndex). Close
-// may be called at any time, also while a Read blocks.
+// may be called at any time, also while a Read blocks. Open waits while the Limit's streams are all open, and holds
+// nothing meanwhile.
 func (s *Store) Open(string) (*raft.SnapshotMeta, io.ReadCloser, error) {
+	if err := s.limit.enter(s.ctx); err != nil {
+		return nil, nil, err
+	}
+	meta, r, err := s.open()
+	if err != nil {
+		s.limit.leave()
+		return nil, nil, err
+	}
+	return meta, r, nil
+}
+
+func (s *Store) open() (*raft.SnapshotMeta, *stream, error) {
 	// What is durable now can only be at or below what the transaction will see.
 	durable, ok := s.src.SnapshotMeta()
 	if !ok {
@@ -180,7 +223,7 @@ func (s *Store) Open(string) (*raft.SnapshotMeta, io.ReadCloser, error) {
 		return meta, r, nil
 	case <-r.done:
 		err := r.err
-		r.Close()
+		r.end()
 		return nil, nil, fmt.Errorf("open snapshot: %w", err)
 	}
 }
@@ -262,12 +305,17 @@ func (r *stream) Read(b []byte) (int, error) { return r.pipe.Read(b) }
 // Close ends the transfer and waits until its transaction is closed. Calling it again does nothing.
 func (r *stream) Close() error {
 	r.close.Do(func() {
-		r.pipe.Close()
-		r.cancel()
-		<-r.done
-		r.store.release(r, r.err == nil)
+		r.end()
+		r.store.limit.leave()
 	})
 	return nil
+}
+
+func (r *stream) end() {
+	r.pipe.Close()
+	r.cancel()
+	<-r.done
+	r.store.release(r, r.err == nil)
 }
 
 // Create returns the sink for a snapshot that raft takes of the state. It copies nothing: the state machine's

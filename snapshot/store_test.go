@@ -383,3 +383,75 @@ func TestConcurrentStreams(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// Stores that share a Limit wait for each other's streams, and hold nothing while they wait.
+func TestALimitBoundsTheStreamsOfAllStores(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		limit := NewLimit(2)
+		var stores []*Store
+		for range 5 {
+			stores = append(stores, NewStore(newSource(t, 10), Config{Limit: limit, Linger: -1}))
+		}
+		_, a := mustOpen(t, stores[0])
+		_, b := mustOpen(t, stores[1])
+		opened := make(chan io.ReadCloser, 2)
+		for _, s := range stores[2:4] {
+			go func() {
+				_, r, err := s.Open("")
+				if err != nil {
+					t.Error(err)
+				}
+				opened <- r
+			}()
+		}
+		closed := make(chan error, 1)
+		go func() {
+			_, _, err := stores[4].Open("")
+			closed <- err
+		}()
+		synctest.Wait()
+		if len(opened) > 0 {
+			t.Error("a third stream was opened")
+		}
+		for _, s := range stores[2:] {
+			if index, ok := s.HoldIndex(); ok {
+				t.Errorf("a store that waits holds the log at %d", index)
+			}
+		}
+		if err := stores[4].Close(); err != nil {
+			t.Error(err)
+		}
+		if err := <-closed; !errors.Is(err, ErrClosed) {
+			t.Errorf("a store that was closed while it waited: %v", err)
+		}
+		for _, r := range []io.Closer{a, a, b, b} { // closing twice makes no room for two
+			if err := r.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		c, d := <-opened, <-opened
+		if len(limit.slots) != 2 {
+			t.Errorf("%d streams are open", len(limit.slots))
+		}
+		// A stream that cannot be made leaves room for others.
+		empty := newSource(t, 1)
+		empty.ok = false
+		none := NewStore(empty, Config{Limit: limit})
+		if err := errors.Join(c.Close(), d.Close()); err != nil {
+			t.Error(err)
+		}
+		for range 3 {
+			if _, _, err := none.Open(""); !errors.Is(err, ErrNoSnapshot) {
+				t.Errorf("opened nothing: %v", err)
+			}
+		}
+		for _, s := range append(stores, none) {
+			if err := s.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		if len(limit.slots) != 0 {
+			t.Errorf("%d streams are still counted", len(limit.slots))
+		}
+	})
+}
