@@ -69,86 +69,198 @@ func (m Member) next(incarnation uint64) (Member, error) {
 // Action is what a step does to a group's configuration.
 type Action string
 
-// The actions, in the order in which a replacement takes them.
+// The actions that change a configuration, in the order in which a replacement
+// takes them in group 0.
 const (
 	AddLearner Action = "add learner"
 	Remove     Action = "remove"
 	Promote    Action = "promote"
 )
 
-// Step is one change of one group's configuration.
+// Step is one change of group 0.
 type Step struct {
 	Action  Action
 	Replica raft.ServerID
+	Why     string // a sentence for people
 }
 
-// View is what a plan is made from: the map, and what the group's leader has
-// measured.
+// View is what a plan for group 0 is made from: the map, and what the group's
+// leader has measured.
 type View struct {
 	Members []Member
 	Group   []shard.Member
+	// Leader is the replica that plans. It is never removed, and leads as long
+	// as it is wanted.
+	Leader raft.ServerID
 	// Match is each replica's log index, measured by the leader in its term.
 	Match  map[raft.ServerID]uint64
 	Commit uint64
+	// MaxVoters bounds the quorum; further nodes stay learners. 0 = 7.
+	MaxVoters int
+	// Nodes says who lives. nil = nothing is known: nobody is down.
+	Nodes map[string]NodeView
+	// Holding are nodes that still have replicas of shards.
+	Holding map[string]bool
 }
 
-const (
-	// maxVoters bounds a group's quorum; further nodes stay learners.
-	maxVoters = 7
-	// maxLag is how many entries behind the commit index a learner may be and
-	// still count as caught up.
-	maxLag = 64
-)
+// maxVoters is the default of View.MaxVoters.
+const maxVoters = 7
 
-// Plan returns the next step that brings the group towards the map, and false
-// if there is none. It is pure and level-triggered: carried out or not, the
-// next call plans from what is then. It promotes only what has been measured.
+// Plan returns the next step that brings group 0 towards the map, and false if
+// there is none. It is pure and level-triggered: carried out or not, the next
+// call plans from what is then. It promotes only what has been measured.
 //
 // A replica whose node has lost it can never answer again. It keeps its vote
 // until the node's next replica has caught up, and loses it before that one
 // gets its own: at no time do the votes of a node that may lose its disk once
 // more count twice, and no step needs more living voters than the one before.
+//
+// The vote of a node that is down, or leaves, goes to one that has none, where
+// there is one: it gets the vote before the other one loses it. A node that
+// leaves stays in the group, and so has the map, until it holds nothing else.
 func Plan(v View) (Step, bool) {
-	current := make(map[string]raft.ServerID, len(v.Members))
-	for _, m := range v.Members {
-		current[m.Name] = m.Replica
-	}
-	group := make(map[raft.ServerID]shard.Member, len(v.Group))
-	voters := 0
-	lost := make(map[string]bool) // nodes whose former replica votes
-	for _, g := range v.Group {
-		group[g.ID] = g
-		if g.Voter {
-			voters++
-			lost[g.Node] = lost[g.Node] || current[g.Node] != g.ID
-		}
-	}
-	// Finish a replacement before beginning another.
-	for _, g := range sorted(v.Group) {
-		if !g.Voter && current[g.Node] == g.ID && !lost[g.Node] && voters < maxVoters && caughtUp(v, g.ID) {
-			return Step{Promote, g.ID}, true
-		}
-	}
-	for _, g := range sorted(v.Group) {
-		id, known := current[g.Node]
-		if !known || id == g.ID {
-			continue // nodes leave by an explicit removal only
-		}
-		if next, in := group[id]; !g.Voter || in && (next.Voter || caughtUp(v, id)) {
-			return Step{Remove, g.ID}, true
-		}
-	}
-	for _, m := range v.Members {
-		if _, in := group[m.Replica]; !in {
-			return Step{AddLearner, m.Replica}, true
+	p := newMapPlan(v)
+	for _, find := range []func() (Step, bool){p.promote, p.removeLost, p.removeDown, p.removeLeaving, p.add} {
+		if step, ok := find(); ok {
+			return step, true
 		}
 	}
 	return Step{}, false
 }
 
-func caughtUp(v View, id raft.ServerID) bool {
-	match := v.Match[id]
-	return match > 0 && match+maxLag >= v.Commit
+// mapPlan finds the next step of group 0, which has the map.
+type mapPlan struct {
+	View
+	group   []shard.Member // by id
+	members map[string]Member
+	voters  int
+	keep    int             // voters that are neither down nor leaving
+	lost    map[string]bool // nodes whose former replica votes
+}
+
+func newMapPlan(v View) *mapPlan {
+	if v.MaxVoters == 0 {
+		v.MaxVoters = maxVoters
+	}
+	p := &mapPlan{View: v, group: sorted(v.Group), members: make(map[string]Member), lost: make(map[string]bool)}
+	for _, m := range v.Members {
+		p.members[m.Name] = m
+	}
+	for _, g := range p.group {
+		if !g.Voter {
+			continue
+		}
+		p.voters++
+		p.lost[g.Node] = p.lost[g.Node] || !p.current(g)
+		if !v.Nodes[g.Node].Down && !p.members[g.Node].Leaving {
+			p.keep++
+		}
+	}
+	return p
+}
+
+// current reports whether the map names the replica as its node's.
+func (p *mapPlan) current(g shard.Member) bool { return p.members[g.Node].Replica == g.ID }
+
+func (p *mapPlan) caughtUp(id raft.ServerID) bool {
+	return id == p.Leader || near(p.Match[id], p.Commit)
+}
+
+// ready reports whether the replica counts for a quorum: it lives and has
+// caught up.
+func (p *mapPlan) ready(g shard.Member) bool {
+	return p.caughtUp(g.ID) && (p.Nodes == nil || p.Nodes[g.Node].Alive || g.ID == p.Leader)
+}
+
+// safeWithout reports whether a majority of the other voters is ready.
+func (p *mapPlan) safeWithout(x shard.Member) bool {
+	ready := 0
+	for _, g := range p.group {
+		if g.Voter && g.ID != x.ID && p.ready(g) {
+			ready++
+		}
+	}
+	return x.ID != p.Leader && 2*ready > p.voters-1
+}
+
+// mayVote reports whether a learner is one that a vote could go to.
+func (p *mapPlan) mayVote(g shard.Member) bool {
+	return !g.Voter && p.current(g) && !p.lost[g.Node] && !p.members[g.Node].Leaving && !p.Nodes[g.Node].Down
+}
+
+// promote finishes a replacement before another one begins.
+func (p *mapPlan) promote() (Step, bool) {
+	if p.keep >= p.MaxVoters || p.voters > p.MaxVoters {
+		return Step{}, false
+	}
+	for _, g := range p.group {
+		if p.mayVote(g) && p.ready(g) {
+			return Step{Promote, g.ID, fmt.Sprintf("%s has caught up with the leader: it gets a vote", g.ID)}, true
+		}
+	}
+	return Step{}, false
+}
+
+func (p *mapPlan) removeLost() (Step, bool) {
+	for _, g := range p.group {
+		m, known := p.members[g.Node]
+		if !known || p.current(g) || g.ID == p.Leader {
+			continue // nodes leave by an explicit removal only
+		}
+		i := slices.IndexFunc(p.group, func(next shard.Member) bool { return next.ID == m.Replica })
+		if !g.Voter || i >= 0 && (p.group[i].Voter || p.caughtUp(m.Replica)) {
+			return Step{Remove, g.ID, fmt.Sprintf("%s has lost it and has %s now", g.Node, m.Replica)}, true
+		}
+	}
+	return Step{}, false
+}
+
+// removeDown takes the vote of a node that is down, once another one has one
+// more. The node is added again without a vote.
+func (p *mapPlan) removeDown() (Step, bool) {
+	for _, g := range p.group {
+		if g.Voter && p.voters > p.MaxVoters && p.Nodes[g.Node].Down && p.safeWithout(g) {
+			return Step{Remove, g.ID, fmt.Sprintf("%s is down and another node has its vote", g.Node)}, true
+		}
+	}
+	return Step{}, false
+}
+
+func (p *mapPlan) removeLeaving() (Step, bool) {
+	for _, g := range p.group {
+		if !p.members[g.Node].Leaving || p.Holding[g.Node] {
+			continue
+		}
+		switch {
+		case g.ID == p.Leader:
+			if heir := slices.IndexFunc(p.group, p.mayLead); heir >= 0 {
+				return Step{Transfer, p.group[heir].ID, fmt.Sprintf("%s leads and is leaving: %s leads instead", g.Node, p.group[heir].Node)}, true
+			}
+		case !g.Voter, p.safeWithout(g) && !p.successor():
+			return Step{Remove, g.ID, fmt.Sprintf("%s is leaving and holds nothing else", g.Node)}, true
+		}
+	}
+	return Step{}, false
+}
+
+func (p *mapPlan) mayLead(g shard.Member) bool {
+	return g.Voter && g.ID != p.Leader && p.current(g) && p.ready(g) && !p.members[g.Node].Leaving
+}
+
+// successor reports whether a learner is on its way to a vote that is free or
+// becomes free.
+func (p *mapPlan) successor() bool {
+	return p.keep < p.MaxVoters && p.voters <= p.MaxVoters && slices.ContainsFunc(p.group, p.mayVote)
+}
+
+func (p *mapPlan) add() (Step, bool) {
+	for _, m := range p.Members {
+		in := slices.ContainsFunc(p.group, func(g shard.Member) bool { return g.ID == m.Replica })
+		if !in && !(m.Leaving && !p.Holding[m.Name]) {
+			return Step{AddLearner, m.Replica, fmt.Sprintf("%s is a member: it gets the map and catches up", m.Name)}, true
+		}
+	}
+	return Step{}, false
 }
 
 func sorted(group []shard.Member) []shard.Member {

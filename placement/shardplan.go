@@ -1,0 +1,521 @@
+package placement
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+
+	"github.com/hashicorp/raft"
+)
+
+// shardPlan finds the next step of one group.
+type shardPlan struct {
+	view            *ClusterView
+	shard           Shard
+	group           GroupView
+	target          []TargetReplica
+	data, witnesses int         // slots
+	replicas        []*standing // all in the map or the configuration, by id
+	waits           []string
+}
+
+// standing is one replica as it is.
+type standing struct {
+	id       raft.ServerID
+	node     string
+	role     Role
+	mapped   bool // in the map's record
+	member   bool // of the configuration
+	voter    bool
+	lost     bool // for ever: it never answers again
+	gone     bool // lost, or its node is down or no member of the cluster
+	staying  bool // its node is a member that is not leaving
+	wanted   bool // fills a slot of the target
+	reported bool
+	used     bool // has had entries
+	alive    bool // has answered its leader lately; of no member: has reported
+	caughtUp bool // and has, by measurement, all but the very latest entries
+	first    uint64
+	last     uint64 // known to be in its log
+	match    uint64
+	applied  uint64
+}
+
+func newShardPlan(v *ClusterView, s Shard) *shardPlan {
+	total := staying(v.Map.Members)
+	p := &shardPlan{view: v, shard: s, group: v.Groups[s.Group()], target: Target(*v.Map.Config, s.Number, v.Ring, total)}
+	p.data, p.witnesses = Slots(*v.Map.Config, total)
+	known := make(map[raft.ServerID]*standing)
+	stand := func(id raft.ServerID) *standing {
+		if known[id] == nil {
+			known[id] = &standing{id: id, node: Replica{ID: id}.Node(), role: RoleOf(id)}
+			p.replicas = append(p.replicas, known[id])
+		}
+		return known[id]
+	}
+	for _, r := range s.Replicas {
+		stand(r.ID).mapped = true
+		p.judge(known[r.ID], r.Incarnation)
+	}
+	if p.led() {
+		for _, m := range p.group.Leader.Leading.Members {
+			r := stand(m.ID)
+			if !r.mapped {
+				p.judge(r, 0)
+			}
+			r.member, r.voter = true, m.Voter
+		}
+	}
+	slices.SortFunc(p.replicas, func(a, b *standing) int { return cmp.Compare(a.id, b.id) })
+	for _, r := range p.replicas {
+		p.measure(r)
+	}
+	for _, r := range p.replicas {
+		r.caughtUp = r.caughtUp && (r.role == Data || p.reaches(r))
+	}
+	for _, slot := range p.target {
+		if r := p.best(slot); r != nil {
+			r.wanted = true
+		}
+	}
+	return p
+}
+
+// judge says from the map whether the replica can ever answer again.
+func (p *shardPlan) judge(r *standing, incarnation uint64) {
+	m, ok := p.view.Map.Member(r.node)
+	r.staying = ok && !m.Leaving
+	r.lost = !ok || r.mapped && m.Incarnation != incarnation && !p.view.faults.ignoreIncarnation || p.group.Lost[r.id]
+	r.gone = r.lost || p.view.Nodes[r.node].Down
+}
+
+// measure takes what the leader and the replica itself say of it.
+func (p *shardPlan) measure(r *standing) {
+	report, reported := p.group.Reports[r.id]
+	r.reported = reported
+	r.used = report.Last > 0 || report.Applied > 0
+	r.first, r.last, r.applied = report.First, report.Last, report.Applied
+	nodeAlive := p.view.Nodes[r.node].Alive
+	if !p.led() || !r.member {
+		r.alive = nodeAlive && reported && !r.lost
+		return
+	}
+	leader := p.group.Leader
+	if r.id == leader.Replica {
+		r.alive, r.caughtUp, r.match, r.last = true, true, leader.Last, leader.Last
+		return
+	}
+	f, followed := leader.Leading.Followers[r.id]
+	r.match, r.last = f.Match, max(r.last, f.Match)
+	r.alive = nodeAlive && !r.lost && followed && f.Acked >= 0 && f.Acked <= p.view.Limits.Acked
+	r.caughtUp = r.alive && reported && near(f.Match, leader.Commit) && hasApplied(report, leader.Commit) || p.view.faults.promoteUnmeasured
+}
+
+const (
+	// maxLag is how many entries behind the commit index a replica may be and
+	// still count as caught up.
+	maxLag = 64
+	// maxReportLag is how many entries may have been committed since a replica
+	// made its report.
+	maxReportLag = 4096
+)
+
+// near reports whether an index measured by the leader is close to the commit
+// index; 0 is none.
+func near(match, commit uint64) bool { return match > 0 && match+maxLag >= commit }
+
+// hasApplied reports whether a replica applies what it has. Its report is older
+// than the leader's measurement, so under load it is judged by its own log.
+func hasApplied(report GroupReport, commit uint64) bool {
+	return report.Last > 0 && report.Applied+maxLag >= min(report.Last, commit) && report.Last+maxReportLag >= commit
+}
+
+// reaches reports whether the witness's log begins early enough to bring every
+// data replica that votes and may come back up to date.
+func (p *shardPlan) reaches(w *standing) bool {
+	if p.view.faults.gapBeforeWitness || w.id == p.leaderID() {
+		return true
+	}
+	for _, r := range p.replicas {
+		if r.role == Data && r.voter && !r.lost && (w.first == 0 || w.first > r.last+1) {
+			return false
+		}
+	}
+	return true
+}
+
+// best is the replica that fills the slot: the one that is furthest on its way.
+// One that has been in the group and is no member is on its way out.
+func (p *shardPlan) best(slot TargetReplica) *standing {
+	var best *standing
+	rank := func(r *standing) int {
+		switch {
+		case r.voter:
+			return 2
+		case r.member:
+			return 1
+		}
+		return 0
+	}
+	for _, r := range p.replicas {
+		if r.node != slot.Node || r.role != slot.Role || !r.mapped || r.lost || !r.member && r.used {
+			continue
+		}
+		if best == nil || rank(r) > rank(best) {
+			best = r
+		}
+	}
+	return best
+}
+
+func (p *shardPlan) led() bool { return p.group.Leader != nil && p.group.Leader.Leading != nil }
+
+func (p *shardPlan) leaderID() raft.ServerID {
+	if !p.led() {
+		return ""
+	}
+	return p.group.Leader.Replica
+}
+
+func (p *shardPlan) leaderNode() string { return Replica{ID: p.leaderID()}.Node() }
+
+// count counts the replicas of which all of these are true.
+func (p *shardPlan) count(are ...func(*standing) bool) int {
+	n := 0
+	for _, r := range p.replicas {
+		if !slices.ContainsFunc(are, func(is func(*standing) bool) bool { return !is(r) }) {
+			n++
+		}
+	}
+	return n
+}
+
+func isVoter(r *standing) bool    { return r.voter }
+func isData(r *standing) bool     { return r.role == Data }
+func isWanted(r *standing) bool   { return r.wanted }
+func isAlive(r *standing) bool    { return r.alive }
+func isCaughtUp(r *standing) bool { return r.caughtUp }
+func stays(r *standing) bool      { return r.staying && !r.lost }
+
+func but(x *standing) func(*standing) bool { return func(r *standing) bool { return r != x } }
+
+// spare is how many live copies of the data there are beyond those wanted.
+func (p *shardPlan) spare() int { return p.count(isVoter, isData, isCaughtUp) - p.data }
+
+// next is the group's next step; nil if there is none.
+func (p *shardPlan) next(t *traffic) *ShardStep {
+	switch {
+	case !p.led():
+		p.wait("no leader is known that serves: no replica can be added or removed")
+		return nil
+	case !p.group.Leader.Leading.Committed || p.group.Leader.ConfigurationIndex == 0:
+		p.wait("a change of the group's members is not committed yet")
+		return nil
+	case !p.leads():
+		p.wait("the leader %s is about to leave the group", p.leaderID())
+		return nil
+	case 2*p.count(isVoter, isAlive) <= p.count(isVoter) && !p.view.faults.ignoreQuorum:
+		p.wait("%d of %d voters live, too few for any change: bring nodes back", p.count(isVoter, isAlive), p.count(isVoter))
+		return nil
+	}
+	if second := p.secondVote(); second != nil && !p.view.faults.keepSecondVote {
+		if p.majorityWithout(second) {
+			return p.step(Remove, second, "%s votes twice since its data replica got a vote: %s is not needed any more", second.node, second.id)
+		}
+		p.wait("%s cannot be removed yet: too few of the other voters live and have caught up", second.id)
+		return nil
+	}
+	for _, find := range []func(*traffic) *ShardStep{p.dropLearner, p.promote, p.remove, p.addLearner, p.create, p.forget, p.transfer} {
+		if step := find(t); step != nil {
+			return step
+		}
+	}
+	return nil
+}
+
+// leads reports whether the leader is a data voter of its own configuration.
+func (p *shardPlan) leads() bool {
+	return p.count(isVoter, isData, func(r *standing) bool { return r.id == p.leaderID() }) == 1
+}
+
+func (p *shardPlan) wait(format string, args ...any) {
+	p.waits = append(p.waits, fmt.Sprintf(format, args...))
+}
+
+func (p *shardPlan) step(action Action, r *standing, why string, args ...any) *ShardStep {
+	return &ShardStep{
+		Action: action, Group: p.shard.Group(), Replica: r.id, Node: r.node, Role: r.role,
+		Prev: p.group.Leader.ConfigurationIndex, Copies: p.data, Voters: p.data + p.witnesses,
+		Why: fmt.Sprintf(why, args...),
+	}
+}
+
+// majorityWithout reports whether a majority of the voters lives and has caught
+// up once x is none of them.
+func (p *shardPlan) majorityWithout(x *standing) bool {
+	return 2*p.count(isVoter, isCaughtUp, but(x)) > p.count(isVoter, but(x)) || p.view.faults.ignoreQuorum
+}
+
+// majorityWith is the same once the learner x votes.
+func (p *shardPlan) majorityWith(x *standing) bool {
+	return 2*(p.count(isVoter, isCaughtUp)+1) > p.count(isVoter)+1 || p.view.faults.ignoreQuorum
+}
+
+// voterBeside is another replica on r's node that votes; nil if there is none.
+func (p *shardPlan) voterBeside(r *standing) *standing {
+	for _, other := range p.replicas {
+		if other != r && other.node == r.node && other.voter {
+			return other
+		}
+	}
+	return nil
+}
+
+// secondVote is the voter that must leave before any other change, because its
+// node has another one; nil if there is none.
+func (p *shardPlan) secondVote() *standing {
+	var second *standing
+	for _, r := range p.replicas {
+		if !r.voter || p.voterBeside(r) == nil || r.id == p.leaderID() {
+			continue
+		}
+		switch {
+		case second == nil, r.lost && !second.lost, r.lost == second.lost && r.role == Witness:
+			second = r
+		}
+	}
+	return second
+}
+
+func (p *shardPlan) dropLearner(*traffic) *ShardStep {
+	for _, r := range p.replicas {
+		if r.member && !r.voter && !r.wanted {
+			return p.step(Remove, r, "%s has no vote and is not needed: %s", r.id, p.reason(r))
+		}
+	}
+	return nil
+}
+
+func (p *shardPlan) promote(*traffic) *ShardStep {
+	for _, role := range []Role{Data, Witness} {
+		for _, r := range p.replicas {
+			if r.role != role || !r.wanted || !r.member || r.voter {
+				continue
+			}
+			beside := p.voterBeside(r)
+			switch {
+			case !r.caughtUp:
+				p.waitToCatchUp(r)
+			case beside != nil && (beside.lost || beside.role == Data || r.role == Witness):
+				// That one leaves first (remove).
+			case !p.majorityWith(r):
+				p.wait("%s has caught up, but too few of the voters live and have caught up for it to get a vote", r.id)
+			default:
+				return p.step(Promote, r, "%s has caught up with the leader (log %d of %d): it gets a vote", r.id, r.match, p.group.Leader.Commit)
+			}
+		}
+	}
+	return nil
+}
+
+func (p *shardPlan) waitToCatchUp(r *standing) {
+	switch {
+	case !r.alive:
+		p.wait("%s does not answer the leader and cannot catch up", r.id)
+	case r.role == Witness && !p.reaches(r):
+		p.wait("%s begins its log after what a data replica still needs: it gets a vote when those have caught up or been replaced", r.id)
+	default:
+		p.wait("%s is catching up: log %d of %d, %d applied", r.id, r.match, p.group.Leader.Commit, r.applied)
+	}
+}
+
+// remove takes a voter out that is not wanted, those first that will not return.
+func (p *shardPlan) remove(*traffic) *ShardStep {
+	voters := slices.DeleteFunc(slices.Clone(p.replicas), func(r *standing) bool { return !r.voter || r.wanted })
+	worth := func(r *standing) int {
+		switch {
+		case r.lost:
+			return 0
+		case r.gone:
+			return 1
+		case r.id != p.leaderID():
+			return 2
+		}
+		return 3
+	}
+	slices.SortStableFunc(voters, func(a, b *standing) int { return cmp.Compare(worth(a), worth(b)) })
+	for _, r := range voters {
+		if reason := p.needed(r); reason != "" {
+			p.wait("%s, not wanted because %s, stays for now: %s", r.id, p.reason(r), reason)
+			continue
+		}
+		if r.id != p.leaderID() {
+			return p.step(Remove, r, "%s is not wanted because %s, and %s", r.id, p.reason(r), p.without(r))
+		}
+		if next := p.heir(); next != nil && next.caughtUp {
+			return p.step(Transfer, next, "the leader %s is to be removed, because %s: %s leads instead", r.id, p.reason(r), next.node)
+		}
+		p.wait("the leader %s is to be removed, but no data replica that stays can lead", r.id)
+	}
+	return nil
+}
+
+// needed says why the unwanted voter cannot be removed yet; empty if it can.
+func (p *shardPlan) needed(r *standing) string {
+	if !p.majorityWithout(r) {
+		return "too few of the other voters live and have caught up"
+	}
+	f := p.view.faults
+	copies := p.count(isVoter, isData, isWanted, isCaughtUp)
+	replaced := p.replacedOnItsNode(r)
+	switch {
+	case r.lost && replaced:
+		return ""
+	case r.role == Data && !r.gone && copies < p.data && !f.lowerCopies:
+		return fmt.Sprintf("%d of the %d data replicas that shall remain live and have caught up", copies, p.data)
+	case replaced:
+		return ""
+	case r.role == Data && r.gone && p.count(isVoter, isData, stays, but(r)) < p.data && !f.removeEarly:
+		return fmt.Sprintf("nothing replaces it yet, and the shard shall have %d data replicas", p.data)
+	case r.alive && !p.complete() && !f.lowerCopies:
+		return "not all replicas that are wanted have a vote, live and have caught up"
+	case !r.alive && p.count(isVoter, stays, but(r)) < p.data+p.witnesses && !f.removeEarly:
+		return fmt.Sprintf("nothing replaces it yet, and the shard shall have %d voters", p.data+p.witnesses)
+	}
+	return ""
+}
+
+// replacedOnItsNode reports whether a wanted learner on r's node has caught up,
+// which is to get its vote right after r has lost its own, so that the node
+// never has two. A data replica beside a witness that lives is the exception: it
+// gets its vote first (secondVote).
+func (p *shardPlan) replacedOnItsNode(r *standing) bool {
+	return slices.ContainsFunc(p.replicas, func(next *standing) bool {
+		upgrade := r.role == Witness && next.role == Data && !r.lost
+		return next.node == r.node && next.wanted && next.member && !next.voter && next.caughtUp && !upgrade
+	})
+}
+
+// complete reports whether every slot of the target has a voter that lives and
+// has caught up.
+func (p *shardPlan) complete() bool {
+	return p.count(isVoter, isWanted, isCaughtUp) == len(p.target)
+}
+
+func (p *shardPlan) addLearner(*traffic) *ShardStep {
+	for _, r := range p.replicas {
+		switch {
+		case !r.wanted || r.member:
+		case !r.alive:
+			p.wait("%s has not been opened on %s yet", r.id, r.node)
+		default:
+			return p.step(AddLearner, r, "%s is open on %s: it joins without a vote and catches up", r.id, r.node)
+		}
+	}
+	return nil
+}
+
+// create assigns one more replica to a node. One at a time is on its way into a
+// group; but data replicas, which come first in the target, do not wait for a
+// witness: it may be one that cannot catch up before they have.
+func (p *shardPlan) create(t *traffic) *ShardStep {
+	for _, slot := range p.target {
+		switch r := p.best(slot); {
+		case r != nil && r.voter:
+		case r != nil:
+			return nil
+		case !p.view.Nodes[slot.Node].Alive:
+			p.wait("%s is to have a %s replica, but does not answer", slot.Node, slot.Role)
+		default:
+			if slot.Role == Data {
+				if reason := t.fill(p.leaderNode(), slot.Node); reason != "" {
+					p.wait("%s is to have a data replica, but %s", slot.Node, reason)
+					continue
+				}
+			}
+			return p.step(Create, &standing{node: slot.Node, role: slot.Role}, "the ring wants a %s replica on %s%s", slot.Role, slot.Node, p.because())
+		}
+	}
+	return nil
+}
+
+func (p *shardPlan) forget(*traffic) *ShardStep {
+	for _, r := range p.replicas {
+		if r.mapped && !r.wanted && (!r.member || p.view.faults.forgetEarly) {
+			return p.step(Forget, r, "%s is not in the group any more, and %s may delete its files", r.id, r.node)
+		}
+	}
+	return nil
+}
+
+// heir is the first live data replica in the ring's order; nil if none votes.
+func (p *shardPlan) heir() *standing {
+	for _, slot := range p.target {
+		if r := p.best(slot); r != nil && slot.Role == Data && r.voter && r.alive {
+			return r
+		}
+	}
+	return nil
+}
+
+// transfer gives a group that is at rest the leader that the ring prefers.
+func (p *shardPlan) transfer(t *traffic) *ShardStep {
+	if p.count(isWanted) != p.count(isWanted, isVoter) {
+		return nil
+	}
+	next := p.heir()
+	if next == nil || next.id == p.leaderID() {
+		return nil
+	}
+	if !next.caughtUp {
+		p.wait("%s is to lead, once it has caught up", next.node)
+		return nil
+	}
+	if t.leaderMoves >= t.limits.LeaderMoves {
+		p.wait("%s is to lead, after other shards have got their leaders", next.node)
+		return nil
+	}
+	t.leaderMoves++
+	return p.step(Transfer, next, "%s is the first live node in the ring's order for this shard: it is to lead", next.node)
+}
+
+// reason says why a replica is not wanted.
+func (p *shardPlan) reason(r *standing) string {
+	m, known := p.view.Map.Member(r.node)
+	switch {
+	case !known:
+		return r.node + " is no member of the cluster"
+	case r.lost:
+		return r.node + " has lost it"
+	case !r.mapped:
+		return "the map does not have it"
+	case m.Leaving:
+		return r.node + " is leaving"
+	case r.gone:
+		return r.node + " is down"
+	}
+	for _, slot := range p.target {
+		if slot.Node == r.node && slot.Role != r.role {
+			return fmt.Sprintf("the ring wants a %s replica on %s", slot.Role, r.node)
+		}
+	}
+	return "the ring prefers other nodes"
+}
+
+// because says why a new replica is needed, in a clause or none.
+func (p *shardPlan) because() string {
+	for _, r := range p.replicas {
+		if r.voter && !r.wanted {
+			return fmt.Sprintf(", because %s (%s)", p.reason(r), r.id)
+		}
+	}
+	return fmt.Sprintf(": the shard has %d of %d replicas", p.count(isVoter, isWanted), len(p.target))
+}
+
+// without says what a group is without a replica.
+func (p *shardPlan) without(r *standing) string {
+	if p.replacedOnItsNode(r) {
+		return "the replica that follows it on " + r.node + " has caught up"
+	}
+	return fmt.Sprintf("the shard has %d data replicas that live and %d voters without it", p.count(isVoter, isData, isCaughtUp, but(r)), p.count(isVoter, but(r)))
+}
