@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -13,7 +14,11 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+
+	"kvd/server/kvdpb"
 )
 
 // fakeServer answers as little of etcd's API as the commands need, and records what was asked.
@@ -21,6 +26,7 @@ type fakeServer struct {
 	pb.UnimplementedKVServer
 	pb.UnimplementedMaintenanceServer
 	pb.UnimplementedClusterServer
+	kvdpb.UnimplementedAdminServer
 
 	addr   string
 	member uint64
@@ -28,6 +34,9 @@ type fakeServer struct {
 	fail   error  // answer of every request for keys
 	hang   bool   // requests for keys get no answer
 	backup []byte // what Snapshot sends
+	// views are the answers about shards, one after the other; the last one stays. Without one, there are no shards.
+	views  []*kvdpb.ShardsResponse
+	refuse error // answer of every request to change members
 	errors []string
 
 	asked    chan struct{} // signalled by every request for keys
@@ -48,6 +57,7 @@ func startFake(t *testing.T) *fakeServer {
 	pb.RegisterKVServer(server, f)
 	pb.RegisterMaintenanceServer(server, f)
 	pb.RegisterClusterServer(server, f)
+	kvdpb.RegisterAdminServer(server, f)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -165,6 +175,50 @@ func (f *fakeServer) MemberList(context.Context, *pb.MemberListRequest) (*pb.Mem
 		{ID: f.member, Name: "n1", PeerURLs: []string{"http://127.0.0.1:2380"}, ClientURLs: []string{"http://" + f.addr}},
 		{ID: 0xa2, Name: "n2", PeerURLs: []string{"http://10.0.0.2:2380"}},
 	}}, nil
+}
+
+func (f *fakeServer) Locate(_ context.Context, r *kvdpb.LocateRequest) (*kvdpb.LocateResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.views == nil {
+		return &kvdpb.LocateResponse{Tag: r.GetKey()}, nil
+	}
+	return &kvdpb.LocateResponse{Tag: bytes.Trim(r.GetKey(), "{}"), Shard: 1, Group: 2}, nil
+}
+
+func (f *fakeServer) Shards(_ context.Context, r *kvdpb.ShardsRequest) (*kvdpb.ShardsResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fail != nil {
+		return nil, f.fail
+	}
+	if f.views == nil {
+		return &kvdpb.ShardsResponse{}, nil
+	}
+	answer := proto.CloneOf(f.views[0])
+	if len(f.views) > 1 {
+		f.views = f.views[1:]
+	}
+	if len(r.GetShards()) > 0 {
+		answer.Shards = nil
+		for _, s := range f.views[0].GetShards() {
+			if s.GetNumber() == r.GetShards()[0] {
+				answer.Shards = append(answer.Shards, s)
+			}
+		}
+		if answer.Shards == nil {
+			return nil, status.Error(codes.NotFound, "kvd: there is no such shard")
+		}
+	}
+	return answer, nil
+}
+
+func (f *fakeServer) RemoveMember(ctx context.Context, r *kvdpb.RemoveMemberRequest) (*kvdpb.RemoveMemberResponse, error) {
+	return &kvdpb.RemoveMemberResponse{}, cmp.Or(f.answer(ctx, r), f.refuse)
+}
+
+func (f *fakeServer) ReplaceMember(ctx context.Context, r *kvdpb.ReplaceMemberRequest) (*kvdpb.ReplaceMemberResponse, error) {
+	return &kvdpb.ReplaceMemberResponse{}, cmp.Or(f.answer(ctx, r), f.refuse)
 }
 
 // kvd runs one command line.

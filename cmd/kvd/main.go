@@ -79,7 +79,8 @@ func newRootCommand(started *bool) *cobra.Command {
 	add("keys", newGetCommand(&client), newPutCommand(&client), newDelCommand(&client), newTxnCommand(&client),
 		newCompactionCommand(&client))
 	add("cluster", newStatusCommand(&client), newHealthCommand(&client), newMemberCommand(&client),
-		newMoveLeaderCommand(&client), newSnapshotCommand(&client))
+		newMoveLeaderCommand(&client), newSnapshotCommand(&client), newShardsCommand(&client), newLocateCommand(&client),
+		newExplainCommand(&client))
 	add("", newVersionCommand())
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()

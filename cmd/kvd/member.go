@@ -10,7 +10,8 @@ import (
 )
 
 func newMemberCommand(client *clientOptions) *cobra.Command {
-	return newParentCommand("member", "Show the cluster's members", newMemberListCommand(client))
+	return newParentCommand("member", "Show and change the cluster's members", newMemberListCommand(client),
+		newMemberRemoveCommand(client), newMemberReplaceCommand(client))
 }
 
 func newMemberListCommand(client *clientOptions) *cobra.Command {

@@ -110,7 +110,7 @@ func TestPrintedStatus(t *testing.T) {
 		{name: "n3", endpoint: "c:1", resp: status(0xa3, true)},
 		{endpoint: "d:1", err: errTest},
 	}
-	print := func(p *printer) error { return p.status(nodes) }
+	print := func(p *printer) error { return p.status(nodes, nil) }
 	golden(t, "status", printer{format: formatSimple}, print, `
 NODE  ENDPOINT  ID  ROLE      TERM  REVISION  INDEX  APPLIED  DB SIZE  HEALTH
 n1    a:1       a1  leader    3     7         12     11       20 kB    ok
@@ -118,14 +118,14 @@ n2    b:1       a2  follower  3     7         12     11       20 kB    disk is s
 n3    c:1       a3  learner   3     7         12     11       20 kB    ok
 -     d:1       -   -         -     -         -      -        -        planted
 `)
-	golden(t, "status -w table", printer{format: formatTable}, func(p *printer) error { return p.status(nodes[3:]) }, `
+	golden(t, "status -w table", printer{format: formatTable}, func(p *printer) error { return p.status(nodes[3:], nil) }, `
 ┌──────┬──────────┬────┬──────┬──────┬──────────┬───────┬─────────┬─────────┬─────────┐
 │ NODE │ ENDPOINT │ ID │ ROLE │ TERM │ REVISION │ INDEX │ APPLIED │ DB SIZE │ HEALTH  │
 ├──────┼──────────┼────┼──────┼──────┼──────────┼───────┼─────────┼─────────┼─────────┤
 │ -    │ d:1      │ -  │ -    │ -    │ -        │ -     │ -       │ -       │ planted │
 └──────┴──────────┴────┴──────┴──────┴──────────┴───────┴─────────┴─────────┴─────────┘
 `)
-	golden(t, "status -w json", printer{format: formatJSON}, func(p *printer) error { return p.status(nodes[2:]) }, `
+	golden(t, "status -w json", printer{format: formatJSON}, func(p *printer) error { return p.status(nodes[2:], nil) }, `
 [{"Endpoint":"c:1","Name":"n3","Status":{"header":{"member_id":163,"revision":7},"dbSize":20480,"leader":161,"raftIndex":12,"raftTerm":3,"raftAppliedIndex":11,"isLearner":true}},{"Endpoint":"d:1","Error":"planted"}]
 `)
 }

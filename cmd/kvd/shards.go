@@ -1,0 +1,177 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"kvd/placement"
+)
+
+// States of nodes, shards and replicas in an overview.
+const (
+	stateOK       = "ok"
+	stateNoLeader = "no leader"
+	stateNoQuorum = "no quorum"
+
+	replicaCreating = "creating"
+	replicaLearner  = "learner"
+	replicaVoter    = "voter"
+	replicaRemoving = "removing"
+	replicaLost     = "lost"
+)
+
+// noShards is what there is to say about the shards of a cluster that has none.
+const noShards = "strategy full: there are no shards, every node holds every key (kvd status shows the nodes)"
+
+func newShardsCommand(client *clientOptions) *cobra.Command {
+	var notOK bool
+	cmd := &cobra.Command{
+		Use:   "shards",
+		Short: "Show where all shards are and how they are (strategy consistent)",
+		Long: `Show all shards: which nodes hold the data, which ones only vote (witnesses), and how many more nodes may fail
+before a shard stops (SURVIVES). States of a shard:
+  ok         everything is where it is wanted
+  moving     a copy is on its way to another node; the shard serves meanwhile
+  degraded   fewer live copies than wanted
+  no leader  an election is under way, or no node that could lead is reached
+  no quorum  too many of its nodes are down: it stands still until they are back
+What is said of a node: joining (catching up, without a vote yet), leaving (its copy is about to go), down, lost (the
+copy will not come back).
+
+kvd locate KEY finds the shard of a key, kvd explain SHARD says why a shard is where it is.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			view, err := client.overview(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if notOK {
+				view.Shards = slices.DeleteFunc(view.Shards, func(s placement.ShardOverview) bool { return s.State == stateOK })
+			}
+			return client.printer(cmd).shards(view)
+		},
+	}
+	cmd.Flags().BoolVar(&notOK, "not-ok", false, "show only the shards that are not ok")
+	return cmd
+}
+
+func (p *printer) shards(view placement.Overview) error {
+	if p.format == formatJSON {
+		return p.json(view)
+	}
+	if view.Config == nil {
+		fmt.Fprintln(p.out, noShards)
+		return nil
+	}
+	header := []string{"SHARD", "STATE", "LEADER", "DATA", "WITNESSES", "SURVIVES"}
+	var rows [][]string
+	for _, s := range view.Shards {
+		rows = append(rows, []string{fmt.Sprint(s.Number), s.State, orDash(s.Leader), holders(s, placement.Data),
+			holders(s, placement.Witness), survives(s)})
+	}
+	p.grid(header, rows)
+	if p.format == formatSimple {
+		fmt.Fprintf(p.out, "\n%s\n", summary(view))
+	}
+	return nil
+}
+
+// grid writes rows under a header: framed as a table, else aligned.
+func (p *printer) grid(header []string, rows [][]string) {
+	if p.format == formatTable {
+		p.table(header, rows)
+	} else {
+		p.columns(append([][]string{header}, rows...))
+	}
+}
+
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+// survives is how many more node failures a shard survives; unknown without a leader.
+func survives(s placement.ShardOverview) string {
+	if s.State == stateNoLeader || s.State == stateNoQuorum {
+		return "-"
+	}
+	return fmt.Sprint(s.Tolerates)
+}
+
+// holders names the nodes that have replicas of a role, and says what is unusual about each.
+func holders(s placement.ShardOverview, role placement.Role) string {
+	var list []string
+	for _, r := range s.Replicas {
+		if r.Role != role {
+			continue
+		}
+		var marks []string
+		switch r.State {
+		case replicaVoter:
+		case replicaCreating, replicaLearner:
+			marks = append(marks, "joining")
+		case replicaRemoving:
+			marks = append(marks, "leaving")
+		default:
+			marks = append(marks, r.State)
+		}
+		if !r.Alive && r.State != replicaLost && r.State != replicaCreating {
+			marks = append(marks, "down")
+		}
+		if len(marks) > 0 {
+			list = append(list, r.Node+"("+strings.Join(marks, ",")+")")
+		} else {
+			list = append(list, r.Node)
+		}
+	}
+	return orDash(strings.Join(list, " "))
+}
+
+// summary says in a line how the shards of a view are.
+func summary(view placement.Overview) string {
+	if len(view.Shards) == 0 {
+		return "no shards to show"
+	}
+	count := make(map[string]int)
+	var states []string
+	least := -1
+	for _, s := range view.Shards {
+		if count[s.State]++; count[s.State] == 1 {
+			states = append(states, s.State)
+		}
+		if survives(s) != "-" && (least < 0 || s.Tolerates < least) {
+			least = s.Tolerates
+		}
+	}
+	slices.SortFunc(states, func(a, b string) int { return count[b] - count[a] })
+	for i, state := range states {
+		states[i] = fmt.Sprint(count[state], " ", state)
+	}
+	text := fmt.Sprintf("%s with %s: %s", plural(len(view.Shards), "shard"), copies(view.Config.ReplicationFactor), strings.Join(states, ", "))
+	if stopped := count[stateNoLeader] + count[stateNoQuorum]; stopped > 0 {
+		return text + ". Keys of " + plural(stopped, "shard") + " cannot be read or written now"
+	}
+	if least == 0 {
+		return text + ". One more node failure stops some of them"
+	}
+	return text + ". Each survives " + plural(least, "more node failure")
+}
+
+func copies(n int) string {
+	if n == 1 {
+		return "one copy of each key"
+	}
+	return fmt.Sprintf("%d copies of each key", n)
+}
+
+func plural(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
+}
