@@ -86,6 +86,8 @@ type Map struct {
 	Members  []Member       // in order of names
 	Shards   []Shard        // by number
 	Revision int64          // of the key space that it was read from
+
+	counter uint64 // the last replica number that was used
 }
 
 // Member returns the member of that name.
@@ -123,12 +125,33 @@ func LoadMap(ctx context.Context, state *fsm.Store) (Map, error) {
 	return m, nil
 }
 
+// Load reads the members from a node's own state, as it is, in order of names.
+func Load(ctx context.Context, state *fsm.Store) ([]Member, error) {
+	end := []byte(memberPrefix)
+	end[len(end)-1]++
+	answer, err := state.Range(ctx, fsm.System, &pb.RangeRequest{Key: []byte(memberPrefix), RangeEnd: end})
+	if err != nil {
+		return nil, err
+	}
+	members := make([]Member, 0, len(answer.Kvs))
+	for _, kv := range answer.Kvs {
+		m, err := decodeMember(kv.Value)
+		if err != nil {
+			return nil, err
+		}
+		members = append(members, m)
+	}
+	return members, nil
+}
+
 // add decodes one record; keys come in order.
 func (m *Map) add(key, value []byte) error {
 	switch {
 	case string(key) == configKey:
 		m.Config = new(ClusterConfig)
 		return json.Unmarshal(value, m.Config)
+	case string(key) == counterKey:
+		return json.Unmarshal(value, &m.counter)
 	case bytes.HasPrefix(key, []byte(memberPrefix)):
 		member, err := decodeMember(value)
 		m.Members = append(m.Members, member)

@@ -3,210 +3,298 @@ package placement
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
+	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
-	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"google.golang.org/protobuf/proto"
 
 	"kvd/fsm"
+	"kvd/ring"
 	"kvd/shard"
 )
 
 // ErrConflict: the cluster map changed at the same time; look again.
 var ErrConflict = errors.New("placement: the cluster map changed meanwhile")
 
-// Config is what a Reconciler works with.
+// Config is what a Reconciler works with. The zero value of a field means its
+// default.
 type Config struct {
-	Replica *shard.Replica // of group 0
+	Node        string // this node's name
+	Incarnation uint64 // and which life of its directory
+	Weight      float64
+	Replica     *shard.Replica // of group 0
 	// Founders are written to the map when it is empty.
 	Founders []Member
-	Every    time.Duration // between looks; 500 ms
-	Logger   *slog.Logger
+	// Cluster is what a new cluster with shards begins with; nil: no shards.
+	Cluster *ClusterConfig
+	// DownAfter is the silence after which a node is down and its replicas are
+	// rebuilt elsewhere; 30 s.
+	DownAfter time.Duration
+	// SuspectAfter is the silence after which nothing is built on what a node
+	// was; 3 s, or half of DownAfter if that is less.
+	SuspectAfter time.Duration
+	ReportEvery  time.Duration // 1 s, or a third of SuspectAfter if that is less
+	Every        time.Duration // between looks when nothing is reported; 500 ms
+	Host         Host          // nil: no shards on this node
+	Peers        Peers         // nil: a node alone
+	Logger       *slog.Logger
 }
 
-// Reconciler brings group 0's members towards the cluster map while this node
-// leads it. A new leader goes on where the last one stopped.
+func (c *Config) setDefaults() {
+	or := func(d *time.Duration, value time.Duration) {
+		if *d == 0 {
+			*d = value
+		}
+	}
+	or(&c.DownAfter, 30*time.Second)
+	or(&c.SuspectAfter, min(3*time.Second, c.DownAfter/2))
+	or(&c.ReportEvery, min(time.Second, c.SuspectAfter/3))
+	or(&c.Every, 500*time.Millisecond)
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+}
+
+// Reconciler is one node's part in the placement. It reports the node's replicas
+// to group 0's leader, carries out what that one asks for, and while this node
+// is the leader itself it brings all groups towards the cluster map, and the map
+// towards the ring. A new leader goes on where the last one stopped: everything
+// it does follows from the map and from what it has observed itself.
 type Reconciler struct {
-	cfg    Config
-	cancel context.CancelFunc
-	done   chan struct{}
+	cfg     Config
+	ctx     context.Context // ends with Close
+	cancel  context.CancelFunc
+	tasks   sync.WaitGroup
+	seen    observations
+	current atomic.Pointer[Map] // as the loop has read it last; nil = not yet
+	wake    chan struct{}       // capacity 1
+	nudged  chan struct{}       // capacity 1
+
+	ring      *ring.Ring // of ringNodes; the loop's own
+	ringNodes []Member
+
+	mu      sync.Mutex
+	groups  map[uint64]*progress
+	probing map[string]bool
+	running int         // steps under way
+	planned []ShardStep // the latest plan
 }
 
-// Start begins to reconcile.
+// progress is how a group's steps go on.
+type progress struct {
+	busy   bool          // a step is under way
+	failed error         // why the last one failed; nil = it did not
+	pause  time.Duration // before the next try
+	next   time.Time     // of a try
+	active time.Time     // when the last step ended
+	probed time.Time
+}
+
+// Start begins to report and to reconcile.
 func Start(cfg Config) *Reconciler {
-	if cfg.Every == 0 {
-		cfg.Every = 500 * time.Millisecond
-	}
-	if cfg.Logger == nil {
-		cfg.Logger = slog.New(slog.DiscardHandler)
-	}
+	cfg.setDefaults()
 	ctx, cancel := context.WithCancel(context.Background())
-	r := &Reconciler{cfg: cfg, cancel: cancel, done: make(chan struct{})}
-	go r.run(ctx)
+	r := &Reconciler{
+		cfg: cfg, ctx: ctx, cancel: cancel,
+		seen: observations{suspectAfter: cfg.SuspectAfter, downAfter: cfg.DownAfter},
+		wake: make(chan struct{}, 1), nudged: make(chan struct{}, 1),
+		groups: make(map[uint64]*progress), probing: make(map[string]bool),
+	}
+	r.tasks.Go(func() { r.run(ctx) })
+	if cfg.Node != "" {
+		r.tasks.Go(func() { r.reporting(ctx) })
+	}
 	return r
 }
 
-// Close stops reconciling; a step under way may still take effect.
+// Close stops everything; a step under way may still take effect. Idempotent.
 func (r *Reconciler) Close() {
 	r.cancel()
-	<-r.done
+	r.tasks.Wait()
 }
+
+func (r *Reconciler) wakeUp() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// leastPause keeps a burst of reports from making as many plans.
+const leastPause = 2 * time.Millisecond
 
 func (r *Reconciler) run(ctx context.Context) {
-	defer close(r.done)
-	ticker := time.NewTicker(r.cfg.Every)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ticker.C:
-		case <-ctx.Done():
-			return
+	said := ""
+	for ctx.Err() == nil {
+		changed := r.cfg.Replica.LeaderChanged() // before looking
+		wait, err := r.look(ctx)
+		switch {
+		case err == nil:
+			said = ""
+		case ctx.Err() == nil && !errors.Is(err, shard.ErrNotLeader) && err.Error() != said:
+			said = err.Error()
+			r.cfg.Logger.Warn("the cluster's placement could not be looked at or changed", "error", err)
 		}
-		// One step follows the other at once: between a node's old vote and its
-		// next one the group bears fewer failures.
-		for again := true; again && r.cfg.Replica.Serving(); {
-			var err error
-			if again, err = r.step(ctx); err != nil && ctx.Err() == nil && !errors.Is(err, shard.ErrNotLeader) {
-				r.cfg.Logger.Warn("the group's members could not be changed yet", "error", err)
-			}
-		}
+		pause(ctx, min(wait, leastPause), nil, nil)
+		pause(ctx, wait-leastPause, r.wake, changed)
 	}
 }
 
-// step carries out at most one change and reports whether it did. It blocks
-// while the change commits, so one change is in flight at a time.
-func (r *Reconciler) step(ctx context.Context) (changed bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+// pause waits for d, or for one of the channels.
+func pause(ctx context.Context, d time.Duration, a, b <-chan struct{}) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-a:
+	case <-b:
+	case <-ctx.Done():
+	}
+}
+
+// again is the pause after a change that is likely to allow another one.
+const again = leastPause
+
+// look does what can be done now and returns when to look again at the latest.
+func (r *Reconciler) look(ctx context.Context) (wait time.Duration, err error) {
+	wait = r.cfg.Every
+	if !r.observing() {
+		r.forgetProgress()
+		return wait, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
 	defer cancel()
-	// This node serves, so its own state has everything that earlier leaders
-	// committed; raft refuses the step if the configuration has moved on.
-	members, err := r.members(ctx, 0)
+	m, err := r.load(ctx)
 	if err != nil {
-		return false, err
+		return wait, err
 	}
-	if len(members) == 0 {
-		return false, r.found(ctx)
+	now := time.Now()
+	if len(m.Members) == 0 {
+		if done, err := r.found(ctx, now); !done || err != nil {
+			return min(wait, 100*time.Millisecond), err
+		}
+		return again, nil
 	}
-	status := r.cfg.Replica.Status()
-	view := View{Members: members, Group: status.Members, Commit: status.CommitIndex, Match: make(map[raft.ServerID]uint64)}
-	for _, m := range status.Members {
-		view.Match[m.ID] = r.cfg.Replica.Match(m.ID)
+	r.seen.look(m.Members, now)
+	if changed, err := r.tend(ctx, m); changed || err != nil {
+		return min(wait, again), err
 	}
-	step, ok := Plan(view)
-	if !ok {
-		return false, nil
+	r.startGroup0(ctx, m, now)
+	if m.Config == nil {
+		return r.patience(wait, now), nil
 	}
-	r.cfg.Logger.Info("changing the group's members", "step", string(step.Action), "replica", string(step.Replica))
-	switch step.Action {
-	case AddLearner:
-		_, err = r.cfg.Replica.AddLearner(ctx, step.Replica, status.ConfigurationIndex)
-	case Promote:
-		_, err = r.cfg.Replica.Promote(ctx, step.Replica, status.ConfigurationIndex)
-	case Remove:
-		_, err = r.cfg.Replica.Remove(ctx, step.Replica, status.ConfigurationIndex)
+	view, err := r.view(m, now)
+	if err != nil {
+		return wait, err
 	}
-	return err == nil, err
+	if changed, err := r.startSteps(ctx, view, now); changed || err != nil {
+		return min(wait, again), err
+	}
+	r.probe(ctx, view, now)
+	return r.patience(wait, now), nil
 }
 
-// found writes the founders into an empty map, all or none.
-func (r *Reconciler) found(ctx context.Context) error {
-	txn := &pb.TxnRequest{}
-	for _, m := range r.cfg.Founders {
-		key := []byte(memberKey(m.Name))
-		txn.Compare = append(txn.Compare, &pb.Compare{
-			Key: key, Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL,
-			TargetUnion: &pb.Compare_CreateRevision{CreateRevision: 0},
-		})
-		txn.Success = append(txn.Success, put(key, m.encode()))
-	}
-	if len(txn.Success) == 0 {
-		return nil
-	}
-	_, err := r.txn(ctx, txn)
-	return err
-}
-
-// Members reads the map linearizably. It must be called on group 0's leader.
-func (r *Reconciler) Members(ctx context.Context) ([]Member, error) {
-	index, err := r.cfg.Replica.ReadIndex(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return r.members(ctx, index)
-}
-
-// Replace gives a member that lost its data directory the replica id of its
-// new incarnation, if the map still has the old one. It must be called on
-// group 0's leader, by someone who knows that the old incarnation is gone.
-func (r *Reconciler) Replace(ctx context.Context, old Member, incarnation uint64) (Member, error) {
-	next, err := old.next(incarnation)
-	if err != nil {
-		return Member{}, err
-	}
-	key := []byte(memberKey(old.Name))
-	done, err := r.txn(ctx, &pb.TxnRequest{
-		Compare: []*pb.Compare{{
-			Key: key, Target: pb.Compare_VALUE, Result: pb.Compare_EQUAL,
-			TargetUnion: &pb.Compare_Value{Value: old.encode()},
-		}},
-		Success: []*pb.RequestOp{put(key, next.encode())},
-	})
-	if err != nil {
-		return Member{}, err
-	}
-	if !done {
-		return Member{}, ErrConflict
-	}
-	r.cfg.Logger.Info("a member came back without its data", "member", old.Name, "replaces", string(old.Replica), "replica", string(next.Replica))
-	return next, nil
-}
-
-func put(key, value []byte) *pb.RequestOp {
-	return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: key, Value: value}}}
-}
-
-func (r *Reconciler) txn(ctx context.Context, txn *pb.TxnRequest) (succeeded bool, err error) {
-	data, err := proto.Marshal(&pb.InternalRaftRequest{Txn: txn})
-	if err != nil {
-		return false, fmt.Errorf("placement: encode a change of the map: %w", err)
-	}
-	result, err := r.cfg.Replica.Propose(ctx, fsm.Request{Space: fsm.System, Data: data})
-	if err != nil {
-		return false, err
-	}
-	if result.Err != nil {
-		return false, result.Err
-	}
-	return result.Response.(*pb.TxnResponse).Succeeded, nil
-}
-
-func (r *Reconciler) members(ctx context.Context, index uint64) ([]Member, error) {
-	state, release, err := r.cfg.Replica.AcquireState(ctx, index)
+// load reads the map from this node's own state: it serves, so the state has
+// everything that earlier leaders have committed.
+func (r *Reconciler) load(ctx context.Context) (*Map, error) {
+	state, release, err := r.cfg.Replica.AcquireState(ctx, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
-	return Load(ctx, state)
-}
-
-// Load reads the map from a node's own state, as it is, in order of names.
-func Load(ctx context.Context, state *fsm.Store) ([]Member, error) {
-	end := []byte(memberPrefix)
-	end[len(end)-1]++
-	answer, err := state.Range(ctx, fsm.System, &pb.RangeRequest{Key: []byte(memberPrefix), RangeEnd: end})
+	if m := r.current.Load(); m != nil && m.Revision == state.Revision(fsm.System) {
+		return m, nil
+	}
+	m, err := LoadMap(ctx, state)
 	if err != nil {
 		return nil, err
 	}
-	members := make([]Member, 0, len(answer.Kvs))
-	for _, kv := range answer.Kvs {
-		m, err := decodeMember(kv.Value)
-		if err != nil {
-			return nil, err
+	r.current.Store(&m)
+	return &m, nil
+}
+
+// view is what the shards' steps are planned from.
+func (r *Reconciler) view(m *Map, now time.Time) (ClusterView, error) {
+	v := ClusterView{Map: *m, Nodes: make(map[string]NodeView, len(m.Members)), Groups: r.seen.groups(m.Members, now)}
+	var usable []Member
+	for _, member := range m.Members {
+		node := r.seen.node(member, now)
+		v.Nodes[member.Name] = node
+		if !node.Down && !member.Leaving {
+			usable = append(usable, Member{Name: member.Name, Weight: weightOf(member.Weight)})
 		}
-		members = append(members, m)
 	}
-	return members, nil
+	if r.ring == nil || !slices.Equal(usable, r.ringNodes) {
+		next, err := newRing(*m.Config, usable)
+		if err != nil {
+			return v, err
+		}
+		r.ring, r.ringNodes = next, usable
+	}
+	v.Ring = r.ring
+	return v, nil
+}
+
+// tend brings the map up to date with what the members say of themselves, and
+// deletes those that have left. It makes at most one change and reports whether.
+func (r *Reconciler) tend(ctx context.Context, m *Map) (changed bool, err error) {
+	var c *change
+	for _, member := range m.Members {
+		report, ok := r.seen.latest(member)
+		switch {
+		case c != nil:
+		case ok && m.Config != nil && weightOf(report.Weight) != weightOf(member.Weight):
+			r.cfg.Logger.Info("a node's weight is another", "node", member.Name, "weight", weightOf(report.Weight), "was", weightOf(member.Weight))
+			member.Weight = weightOf(report.Weight)
+			c = m.change()
+			c.putMember(member)
+		case ok && len(report.Lost) > 0:
+			if c = m.lose(report.Lost, member.Incarnation); c != nil {
+				r.cfg.Logger.Warn("a node has lost replicas: they will be rebuilt", "node", member.Name, "replicas", len(report.Lost))
+			}
+		case member.Leaving && r.gone(m, member):
+			r.cfg.Logger.Info("a member has left", "member", member.Name)
+			c = m.remove(member)
+		}
+	}
+	if c == nil {
+		return false, nil
+	}
+	err = r.commit(ctx, c)
+	if errors.Is(err, ErrConflict) {
+		err = nil // what it became is looked at again
+	}
+	return true, err
+}
+
+// gone reports whether nothing of a member is left in any group.
+func (r *Reconciler) gone(m *Map, member Member) bool {
+	for _, s := range m.Shards {
+		if slices.ContainsFunc(s.Replicas, func(r Replica) bool { return r.Node() == member.Name }) {
+			return false
+		}
+	}
+	status := r.cfg.Replica.Status()
+	return status.ConfigurationCommitted && !slices.ContainsFunc(status.Members, func(g shard.Member) bool { return g.Node == member.Name })
+}
+
+// startGroup0 begins the next step of group 0 itself, which this node leads.
+func (r *Reconciler) startGroup0(ctx context.Context, m *Map, now time.Time) {
+	replica := r.cfg.Replica
+	status := replica.Status()
+	view := View{Members: m.Members, Group: status.Members, Commit: status.CommitIndex, Match: make(map[raft.ServerID]uint64)}
+	for _, g := range status.Members {
+		view.Match[g.ID] = replica.Match(g.ID)
+	}
+	step, ok := Plan(view)
+	if !ok {
+		return
+	}
+	r.start(0, now, func(ctx context.Context) error {
+		r.cfg.Logger.Info("changing the group's members", "step", string(step.Action), "replica", string(step.Replica))
+		return carryOut(ctx, replica, step.Action, step.Replica, status.ConfigurationIndex)
+	})
 }

@@ -99,15 +99,16 @@ func TestFoundingIsDoneOnceAndWhole(t *testing.T) {
 	r, replica := founded(t)
 	// One who comes later, with other founders, changes nothing.
 	late := &Reconciler{cfg: Config{Replica: replica, Founders: []Member{{Name: "n0", Replica: "n0/1"}, {Name: "n1", Incarnation: 9, Replica: "n1/1"}}}}
+	late.seen.begin(1)
 	ctx := within(t)
-	if err := late.found(ctx); err != nil {
-		t.Fatal(err)
+	if done, err := late.found(ctx, time.Now()); !done || err != nil {
+		t.Fatal(done, err)
 	}
 	members, err := r.Members(ctx)
 	if want := (Member{Name: "n1", Incarnation: 1, Replica: "n1/1"}); err != nil || len(members) != 1 || members[0] != want {
 		t.Errorf("members %+v, %v", members, err)
 	}
-	if err := (&Reconciler{cfg: Config{Replica: replica}}).found(ctx); err != nil {
+	if _, err := (&Reconciler{cfg: Config{Replica: replica}}).found(ctx, time.Now()); err != nil {
 		t.Errorf("without founders: %v", err)
 	}
 }

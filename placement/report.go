@@ -15,6 +15,16 @@ type Report struct {
 	Weight      float64       `json:"weight"`
 	DiskFree    uint64        `json:"disk_free"` // bytes
 	Groups      []GroupReport `json:"groups"`    // of every replica on the node, group 0's too
+	// Lost are the replicas that the map gives to this incarnation of the node
+	// and that it cannot open, because their files are missing or damaged.
+	Lost []ReplicaRef `json:"lost,omitempty"`
+}
+
+// ReplicaRef names one replica of one group: an id alone names one of group 0
+// and may name one of a shard as well.
+type ReplicaRef struct {
+	Group uint64        `json:"group"`
+	ID    raft.ServerID `json:"id"`
 }
 
 // GroupReport is one replica's own view.

@@ -1,0 +1,266 @@
+package placement
+
+import (
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// observations are what this node has seen of the others as group 0's leader in
+// one term. A new leader begins with none: silence counts from when it began to
+// listen. All methods are safe for concurrent use; now never goes back.
+type observations struct {
+	suspectAfter, downAfter time.Duration
+
+	mu     sync.Mutex
+	term   uint64
+	looked time.Time // when the loop last looked; zero = not in this term
+	nodes  map[life]*observed
+	// durable is the highest index that each data replica was ever said to have
+	// in its state file, also if its node is gone.
+	durable map[ReplicaRef]uint64
+}
+
+// life is one incarnation of a node. Two may speak at the same time: one that
+// was replaced and does not know it, and its successor.
+type life struct {
+	node        string
+	incarnation uint64
+}
+
+type observed struct {
+	since  time.Time // when this node began to listen
+	heard  time.Time // the latest report; zero = none
+	report Report    // the latest whole one, without its groups
+	groups map[ReplicaRef]observedGroup
+}
+
+type observedGroup struct {
+	GroupReport
+	heard   time.Time
+	changed time.Time // when it last differed from the one before
+}
+
+// begin forgets what was seen in another term.
+func (o *observations) begin(term uint64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.term != term {
+		o.term, o.looked = term, time.Time{}
+		o.nodes, o.durable = make(map[life]*observed), make(map[ReplicaRef]uint64)
+	}
+}
+
+// accept keeps a report, or the part of one that a probe has brought, and
+// returns the floors of the node's witnesses.
+func (o *observations) accept(report Report, whole bool, now time.Time) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n := o.listen(life{report.Node, report.Incarnation}, now)
+	n.heard = now
+	before := n.groups
+	if whole {
+		n.groups = make(map[ReplicaRef]observedGroup, len(report.Groups))
+		n.report = report
+		n.report.Groups = nil
+	}
+	for _, g := range report.Groups {
+		ref := ReplicaRef{g.Group, g.Replica}
+		changed := now
+		if old, ok := before[ref]; ok && old.progress() == g.progress() {
+			changed = old.changed
+		}
+		n.groups[ref] = observedGroup{g, now, changed}
+		o.durable[ref] = max(o.durable[ref], g.Durable)
+	}
+}
+
+// progress is what differs when a replica has come further.
+func (g GroupReport) progress() [6]uint64 {
+	p := [6]uint64{g.Term, g.Applied, g.Last, g.ConfigurationIndex}
+	if g.Leading != nil {
+		for _, f := range g.Leading.Followers {
+			p[4] += f.Match
+		}
+		p[5] = 1 + uint64(len(g.Leading.Members))
+	}
+	return p
+}
+
+func (o *observations) listen(l life, now time.Time) *observed {
+	n := o.nodes[l]
+	if n == nil {
+		n = &observed{since: now, groups: make(map[ReplicaRef]observedGroup)}
+		o.nodes[l] = n
+	}
+	return n
+}
+
+// look begins to listen for the members, and forgets who is none any more. It
+// must be called several times within suspectAfter: after a longer pause it was
+// this process that stood still, and what it did not hear then proves nothing.
+func (o *observations) look(members []Member, now time.Time) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	stood := !o.looked.IsZero() && now.Sub(o.looked) > o.suspectAfter
+	o.looked = now
+	current := make(map[life]bool, len(members))
+	for _, m := range members {
+		current[life{m.Name, m.Incarnation}] = true
+		o.listen(life{m.Name, m.Incarnation}, now)
+	}
+	maps.DeleteFunc(o.nodes, func(l life, n *observed) bool {
+		return !current[l] && now.Sub(maxTime(n.heard, n.since)) > o.downAfter
+	})
+	if stood {
+		for _, n := range o.nodes {
+			n.since = now
+		}
+	}
+}
+
+// node judges a member.
+func (o *observations) node(m Member, now time.Time) NodeView {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.judge(m, now)
+}
+
+func (o *observations) judge(m Member, now time.Time) NodeView {
+	n := o.nodes[life{m.Name, m.Incarnation}]
+	if n == nil {
+		return NodeView{}
+	}
+	return NodeView{
+		Alive: !n.heard.IsZero() && now.Sub(n.heard) < o.suspectAfter,
+		Down:  now.Sub(maxTime(n.heard, n.since)) >= o.downAfter,
+	}
+}
+
+// silence is for how long a member has said nothing, as far as this node has
+// listened to it.
+func (o *observations) silence(m Member, now time.Time) time.Duration {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n := o.nodes[life{m.Name, m.Incarnation}]
+	if n == nil {
+		return 0
+	}
+	return now.Sub(maxTime(n.heard, n.since))
+}
+
+// inTerm is the term of the observations.
+func (o *observations) inTerm() uint64 {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.term
+}
+
+// latest is a member's latest whole report, without its groups; false if there
+// is none.
+func (o *observations) latest(m Member) (Report, bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n := o.nodes[life{m.Name, m.Incarnation}]
+	if n == nil || n.report.Node == "" {
+		return Report{}, false
+	}
+	return n.report, true
+}
+
+// groups is what the members that are alive say of each group.
+func (o *observations) groups(members []Member, now time.Time) map[uint64]GroupView {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	views := make(map[uint64]GroupView)
+	for _, m := range members {
+		n := o.nodes[life{m.Name, m.Incarnation}]
+		if n == nil || !o.judge(m, now).Alive {
+			continue
+		}
+		for ref, g := range n.groups {
+			if age := now.Sub(g.heard); age < o.suspectAfter {
+				v := views[ref.Group]
+				v.add(g.aged(age))
+				views[ref.Group] = v
+			}
+		}
+	}
+	return views
+}
+
+// add takes one more replica's report into the view of its group.
+func (v *GroupView) add(g GroupReport) {
+	if v.Reports == nil {
+		v.Reports = make(map[raft.ServerID]GroupReport)
+	}
+	v.Reports[g.Replica] = g
+	if g.Leading != nil && (v.Leader == nil || v.Leader.Term < g.Term) {
+		v.Leader = &g
+	}
+}
+
+// aged is the report as it has to be read some time after it was made.
+func (o observedGroup) aged(age time.Duration) GroupReport {
+	g := o.GroupReport
+	if g.Leading == nil {
+		return g
+	}
+	leading := *g.Leading
+	leading.Followers = maps.Clone(leading.Followers)
+	for id, f := range leading.Followers {
+		if f.Acked >= 0 {
+			f.Acked += age
+			leading.Followers[id] = f
+		}
+	}
+	g.Leading = &leading
+	return g
+}
+
+// lastChange is when anything was last heard of the group that was new.
+func (o *observations) lastChange(group uint64, replicas []Replica) time.Time {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	var last time.Time
+	for _, r := range replicas {
+		if n := o.nodes[life{r.Node(), r.Incarnation}]; n != nil {
+			last = maxTime(last, n.groups[ReplicaRef{group, r.ID}].changed)
+		}
+	}
+	return last
+}
+
+// floor is up to where a witness of the shard may forget its log: the least
+// index that the shard's data replicas are known to have in their state files;
+// false while one is unknown. Those in the map include all members of the group,
+// dead ones too, and the one that is about to become a member.
+func (o *observations) floor(s Shard) (uint64, bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	var durable []uint64
+	for _, r := range s.Replicas {
+		if r.Role() != Data {
+			continue
+		}
+		index, known := o.durable[ReplicaRef{s.Group(), r.ID}]
+		if !known {
+			return 0, false
+		}
+		durable = append(durable, index)
+	}
+	if len(durable) == 0 {
+		return 0, false
+	}
+	return slices.Min(durable), true
+}
+
+func maxTime(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}

@@ -1,0 +1,357 @@
+package placement
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"kvd/shard"
+)
+
+// The methods that Handle answers.
+const (
+	MethodReport = "placement.report" // a Report to group 0's leader, answered with a ReportAnswer
+	MethodStep   = "placement.step"   // a step to the node of the group's leader, answered with its report
+	MethodProbe  = "placement.probe"  // groups; answered with a report of them
+)
+
+// Methods are those that Handle answers.
+var Methods = []string{MethodReport, MethodStep, MethodProbe}
+
+const (
+	// stepTimeout bounds a step, and a look.
+	stepTimeout = 10 * time.Second
+	// maxSteps bounds the steps under way at the same time.
+	maxSteps = 32
+	// A step that failed is planned anew after a pause, which doubles.
+	leastRetry, mostRetry = 20 * time.Millisecond, 2 * time.Second
+	// A group on the move is asked how it gets on in shorter intervals than it
+	// is reported: more often the shorter it has stood still.
+	leastProbe, mostProbe = 20 * time.Millisecond, time.Second
+	// activeFor is how long a group counts as on the move after a step.
+	activeFor = 2 * time.Second
+)
+
+// stepRequest asks the leader of a group for a step.
+type stepRequest struct {
+	Term uint64    `json:"term"` // of group 0, in which it was planned
+	Step ShardStep `json:"step"`
+}
+
+// Handle answers one of the Methods for the node that calls.
+func (r *Reconciler) Handle(ctx context.Context, method, from string, payload []byte) ([]byte, error) {
+	var answer any
+	var err error
+	switch method {
+	case MethodReport:
+		var report Report
+		if err = json.Unmarshal(payload, &report); err != nil || report.Node != from {
+			return nil, fmt.Errorf("placement: malformed report of %s: %w", from, err)
+		}
+		answer, err = r.accept(report)
+	case MethodStep:
+		var request stepRequest
+		if err = json.Unmarshal(payload, &request); err != nil {
+			return nil, fmt.Errorf("placement: malformed step of %s: %w", from, err)
+		}
+		answer, err = r.obey(ctx, request)
+	case MethodProbe:
+		var groups []uint64
+		if err = json.Unmarshal(payload, &groups); err != nil {
+			return nil, fmt.Errorf("placement: malformed probe of %s: %w", from, err)
+		}
+		answer = r.build(groups)
+	default:
+		err = fmt.Errorf("placement: unknown method %q", method)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(answer)
+}
+
+// errStaleStep: the step was planned by a leader of group 0 that has been
+// replaced.
+var errStaleStep = errors.New("placement: planned by a former leader")
+
+// obey carries out a step of a group that a replica on this node leads, if its
+// own measurements allow it.
+func (r *Reconciler) obey(ctx context.Context, request stepRequest) (Report, error) {
+	step := request.Step
+	if request.Term < r.cfg.Replica.Leader().Term {
+		return Report{}, errStaleStep
+	}
+	replica := r.leading(step.Group)
+	if replica == nil {
+		return Report{}, shard.ErrNotLeader
+	}
+	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
+	defer cancel()
+	if err := Check(step, describe(replica)); err != nil {
+		return Report{}, err
+	}
+	var err error
+	if step.Action == Forget {
+		err = confirmExcluded(ctx, replica, step.Replica)
+	} else {
+		err = carryOut(ctx, replica, step.Action, step.Replica, step.Prev)
+	}
+	return Report{Node: r.cfg.Node, Incarnation: r.cfg.Incarnation, Groups: []GroupReport{describe(replica)}}, err
+}
+
+// leading is this node's replica that leads the group; nil if none does.
+func (r *Reconciler) leading(group uint64) *shard.Replica {
+	for ref, replica := range r.replicas() {
+		if ref.Group == group && replica.Serving() {
+			return replica
+		}
+	}
+	return nil
+}
+
+// carryOut changes a group on its leader and returns when that is committed and
+// applied there.
+func carryOut(ctx context.Context, replica *shard.Replica, action Action, id raft.ServerID, prev uint64) error {
+	var index uint64
+	var err error
+	switch action {
+	case AddLearner:
+		index, err = replica.AddLearner(ctx, id, prev)
+	case Promote:
+		index, err = replica.Promote(ctx, id, prev)
+	case Remove:
+		index, err = replica.Remove(ctx, id, prev)
+	case Transfer:
+		return replica.TransferLeadership(ctx, shard.NodeOf(id))
+	default:
+		return fmt.Errorf("placement: %q is not a change of members", action)
+	}
+	if err != nil {
+		return err
+	}
+	_, release, err := replica.AcquireState(ctx, index)
+	if err == nil {
+		release()
+	}
+	return err
+}
+
+// confirmExcluded proves that the group's committed configuration does not have
+// the replica: its node will delete it. What a leader that has been replaced
+// remembers proves nothing, so leadership is confirmed, after the look.
+func confirmExcluded(ctx context.Context, replica *shard.Replica, id raft.ServerID) error {
+	status := replica.Status()
+	if !status.ConfigurationCommitted || slices.ContainsFunc(status.Members, func(m shard.Member) bool { return m.ID == id }) {
+		return fmt.Errorf("placement: %s may still be a member of group %d", id, status.Group)
+	}
+	_, err := replica.ReadIndex(ctx)
+	return err
+}
+
+// start runs a step of a group beside the loop, unless one is under way or has
+// failed a moment ago.
+func (r *Reconciler) start(group uint64, now time.Time, step func(context.Context) error) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	p := r.progress(group)
+	if p.busy || now.Before(p.next) || r.running >= maxSteps {
+		return false
+	}
+	p.busy = true
+	r.running++
+	r.tasks.Go(func() {
+		ctx, cancel := context.WithTimeout(r.ctx, stepTimeout)
+		defer cancel()
+		err := step(ctx)
+		r.ended(group, err, time.Now())
+		r.wakeUp()
+	})
+	return true
+}
+
+func (r *Reconciler) ended(group uint64, err error, now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.running--
+	p := r.progress(group)
+	if err != nil && r.ctx.Err() == nil && !errors.Is(err, shard.ErrNotLeader) && (p.failed == nil || p.failed.Error() != err.Error()) {
+		r.cfg.Logger.Warn("a group could not be changed yet", "group", group, "error", err)
+	}
+	p.busy, p.failed, p.active = false, err, now
+	if err == nil {
+		p.pause, p.next = 0, time.Time{}
+		return
+	}
+	p.pause = min(max(2*p.pause, leastRetry), mostRetry)
+	p.next = now.Add(p.pause)
+}
+
+// progress is a group's; the caller has r.mu.
+func (r *Reconciler) progress(group uint64) *progress {
+	p := r.groups[group]
+	if p == nil {
+		p = &progress{}
+		r.groups[group] = p
+	}
+	return p
+}
+
+// forgetProgress lets a later leadership of this node begin afresh.
+func (r *Reconciler) forgetProgress() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for group, p := range r.groups {
+		if !p.busy {
+			delete(r.groups, group)
+		}
+	}
+	r.planned = nil
+}
+
+// startSteps plans, writes new replicas to the map and begins the other steps.
+// It reports whether the map has changed.
+func (r *Reconciler) startSteps(ctx context.Context, view ClusterView, now time.Time) (changed bool, err error) {
+	plan := PlanShards(view)
+	r.mu.Lock()
+	r.planned = plan
+	r.mu.Unlock()
+	var creates []ShardStep
+	for _, step := range plan {
+		switch leader := view.Groups[step.Group].Leader; {
+		case step.Action == Create:
+			creates = append(creates, step)
+		case leader != nil:
+			r.start(step.Group, now, func(ctx context.Context) error {
+				return r.request(ctx, &view.Map, shard.NodeOf(leader.Replica), step)
+			})
+		}
+	}
+	if c := view.Map.create(creates); c != nil {
+		for _, step := range creates {
+			r.log(step)
+		}
+		return true, r.commit(ctx, c)
+	}
+	return false, nil
+}
+
+func (r *Reconciler) log(step ShardStep) {
+	r.cfg.Logger.Info("changing a shard's replicas", "step", string(step.Action), "group", step.Group, "replica", string(step.Replica), "node", step.Node, "role", string(step.Role), "why", step.Why)
+}
+
+// request has the group's leader carry out a step, and takes in what it reports
+// after it.
+func (r *Reconciler) request(ctx context.Context, m *Map, node string, step ShardStep) error {
+	request := stepRequest{Term: r.seen.inTerm(), Step: step}
+	var report Report
+	var err error
+	if node == r.cfg.Node {
+		report, err = r.obey(ctx, request)
+	} else {
+		err = r.call(ctx, node, MethodStep, request, &report)
+	}
+	if err != nil {
+		return err
+	}
+	r.log(step)
+	r.seen.accept(report, false, time.Now())
+	if step.Action != Forget {
+		return nil
+	}
+	if c := m.forget(ReplicaRef{step.Group, step.Replica}); c != nil {
+		return r.commit(ctx, c)
+	}
+	return nil
+}
+
+// probe asks the nodes of the groups that are on the move how they get on: an
+// ordinary report would come up to a second later.
+func (r *Reconciler) probe(ctx context.Context, view ClusterView, now time.Time) {
+	due := make(map[string][]uint64) // groups by node
+	r.mu.Lock()
+	for _, s := range view.Map.Shards {
+		if !r.moving(s, view.Groups[s.Group()], now) {
+			continue
+		}
+		p := r.progress(s.Group())
+		if now.Sub(p.probed) < r.probeInterval(s, p, now) {
+			continue
+		}
+		p.probed = now
+		for _, replica := range s.Replicas {
+			node := replica.Node()
+			if view.Nodes[node].Alive && !slices.Contains(due[node], s.Group()) {
+				due[node] = append(due[node], s.Group())
+			}
+		}
+	}
+	for node := range due {
+		if r.probing[node] {
+			delete(due, node)
+		} else {
+			r.probing[node] = true
+		}
+	}
+	r.mu.Unlock()
+	for node, groups := range due {
+		r.tasks.Go(func() { r.probeNode(node, groups) })
+	}
+}
+
+func (r *Reconciler) probeNode(node string, groups []uint64) {
+	ctx, cancel := context.WithTimeout(r.ctx, reportTimeout)
+	defer cancel()
+	var report Report
+	var err error
+	if node == r.cfg.Node {
+		report = r.build(groups)
+	} else {
+		err = r.call(ctx, node, MethodProbe, groups, &report)
+	}
+	r.mu.Lock()
+	delete(r.probing, node)
+	r.mu.Unlock()
+	if err == nil && report.Node == node {
+		r.seen.accept(report, false, time.Now())
+		r.wakeUp()
+	}
+}
+
+// moving reports whether a group is about to change. The caller has r.mu.
+func (r *Reconciler) moving(s Shard, g GroupView, now time.Time) bool {
+	p := r.groups[s.Group()]
+	if p != nil && (p.busy || now.Sub(p.active) < activeFor) {
+		return true
+	}
+	if g.Leader == nil || !g.Leader.Leading.Committed || len(g.Leader.Leading.Members) != len(s.Replicas) {
+		return true
+	}
+	return slices.ContainsFunc(g.Leader.Leading.Members, func(m shard.Member) bool { return !m.Voter })
+}
+
+func (r *Reconciler) probeInterval(s Shard, p *progress, now time.Time) time.Duration {
+	still := now.Sub(maxTime(p.active, r.seen.lastChange(s.Group(), s.Replicas)))
+	return min(max(still/8, leastProbe), mostProbe)
+}
+
+// patience is how long to wait for something to happen.
+func (r *Reconciler) patience(most time.Duration, now time.Time) time.Duration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	wait := most
+	for _, p := range r.groups {
+		switch {
+		case p.busy: // wakes the loop
+		case now.Before(p.next):
+			wait = min(wait, p.next.Sub(now))
+		case now.Sub(p.active) < activeFor:
+			wait = min(wait, leastProbe)
+		}
+	}
+	return max(wait, leastPause)
+}
