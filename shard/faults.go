@@ -23,6 +23,15 @@ type Faults struct {
 	// raises the term under a main loop that still waits as the leader of the
 	// old one, and the next write enters its log under the new term.
 	HeartbeatFastPath bool
+	// ReadBeforeReserved skips rule 6 of docs/design.md section 5: reads of one
+	// shard do not wait for entries that have asked for their revisions.
+	ReadBeforeReserved bool
+	// SnapshotBeforeInFlight answers snapshot reads without waiting for the
+	// entries in flight that belong into the snapshot.
+	SnapshotBeforeInFlight bool
+	// SnapshotWithoutGate lets entries with revisions that a snapshot read has
+	// already passed into the log.
+	SnapshotWithoutGate bool
 }
 
 // acknowledgeNow answers the puts of a batch; nobody waits for them any more.

@@ -11,6 +11,7 @@ type metrics struct {
 
 	commitSeconds, confirmSeconds, applySeconds, batchRequests prometheus.Histogram
 	shed, leaderChanges, truncations, installs, diskStalls     prometheus.Counter
+	floorsDropped                                              prometheus.Counter
 }
 
 func newMetrics(r *Replica) *metrics {
@@ -21,6 +22,7 @@ func newMetrics(r *Replica) *metrics {
 	m.applySeconds = m.histogram("apply_seconds", "Time to apply a batch of committed log entries.", seconds)
 	m.batchRequests = m.histogram("entry_requests", "Requests in a proposed log entry.", prometheus.ExponentialBuckets(1, 2, 11))
 	m.shed = m.counter("proposals_shed_total", "Requests refused because too many bytes were waiting.")
+	m.floorsDropped = m.counter("floors_dropped_total", "Times revisions were asked for and could not be used for their entry, which asked again.")
 	m.leaderChanges = m.counter("leadership_lost_total", "Times this replica stopped leading.")
 	m.truncations = m.counter("log_truncations_total", "Times the state was made durable so that the log's beginning could go.")
 	m.installs = m.counter("snapshot_installs_total", "Snapshots that a leader sent and that were installed here.")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,8 +27,11 @@ type proposer struct {
 
 	mu       sync.Mutex
 	queue    []*proposal
-	bytes    int
+	held     []*proposal // the next entry's; in groups with a sequencer they wait for revisions
+	bytes    int         // of queue and held, without those who have left
+	left     int         // how many have left since the queue was cleared of them
 	refusing bool
+	sequence sequence
 }
 
 // proposal is one request on its way into the log.
@@ -40,7 +44,7 @@ type proposal struct {
 const (
 	queued    = iota // certainly not in the log
 	proposed         // may be in the log
-	abandoned        // the caller has left before it was proposed
+	abandoned        // the caller has left
 )
 
 type outcome struct {
@@ -53,6 +57,7 @@ type inflight struct {
 	future raft.ApplyFuture
 	batch  []*proposal
 	start  time.Time
+	ask    *ask // nil without a sequencer
 }
 
 func newProposer(l *life) *proposer {
@@ -88,12 +93,38 @@ func (r *Replica) Propose(ctx context.Context, request fsm.Request) (fsm.Result,
 		q.idle.Put(p)
 		return o.result, o.err
 	case <-ctx.Done():
-		if p.taken.CompareAndSwap(queued, abandoned) {
-			return fsm.Result{}, fmt.Errorf("%w: %w", ErrNotProposed, ctx.Err())
-		}
-		return fsm.Result{}, fmt.Errorf("%w: %w", ErrUnknownOutcome, ctx.Err())
+		return fsm.Result{}, fmt.Errorf("%w: %w", q.leave(p), ctx.Err())
 	}
 }
+
+// leave makes sure that a request whose caller is going is not proposed from
+// here on, and says what may have become of it.
+func (p *proposer) leave(item *proposal) error {
+	for {
+		switch { // it may change between the two, in either direction
+		case item.taken.CompareAndSwap(proposed, abandoned):
+			return ErrUnknownOutcome
+		case item.taken.CompareAndSwap(queued, abandoned):
+			p.forget(item)
+			return ErrNotProposed
+		}
+	}
+}
+
+// forget frees what an abandoned request holds. A group that cannot propose
+// for long must not fill its memory with those that nobody waits for.
+func (p *proposer) forget(item *proposal) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.bytes -= len(item.request.Data)
+	item.request = fsm.Request{}
+	p.left++
+	if p.left > p.l.r.cfg.MaxBatchRequests && p.left > len(p.queue)/2 {
+		p.queue, p.left = slices.DeleteFunc(p.queue, (*proposal).isAbandoned), 0
+	}
+}
+
+func (p *proposal) isAbandoned() bool { return p.taken.Load() == abandoned }
 
 func (p *proposer) enqueue(item *proposal) error {
 	p.mu.Lock()
@@ -145,17 +176,17 @@ func (p *proposer) run() {
 			case <-p.l.done:
 				return
 			}
-			batch := p.take(&entry)
+			batch, ask := p.next(&entry)
 			if len(batch) == 0 {
 				<-p.slots
-				break
+				continue
 			}
 			start := time.Now()
 			future := p.l.raft.Apply(entry.Bytes(), 0)
 			if p.l.r.cfg.Faults.AcknowledgeBeforeCommit {
 				acknowledgeNow(batch)
 			}
-			p.sent <- inflight{future, batch, start}
+			p.sent <- inflight{future, batch, start, ask}
 		}
 	}
 }
@@ -165,35 +196,64 @@ func (p *proposer) ready() bool {
 	e := p.l.role.Load()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.queue) > 0 && (len(p.slots) == 0 || p.full()) && e != nil && e.isServing()
+	return len(p.queue)+len(p.held) > 0 && (len(p.slots) == 0 || p.full()) && !p.refusing && e != nil && e.isServing()
 }
 
-// take moves the head of the queue into a fresh entry.
-func (p *proposer) take(entry *fsm.EntryBuilder) []*proposal {
-	entry.Reset()
+// next makes an entry of what is queued.
+func (p *proposer) next(entry *fsm.EntryBuilder) ([]*proposal, *ask) {
+	if p.l.r.cfg.Sequencer != nil {
+		return p.nextSequenced(entry)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.refusing {
-		return nil
+	p.gather()
+	return p.seal(entry), nil
+}
+
+// requestOverhead is what an entry needs for a request besides its data.
+const requestOverhead = 6
+
+// gather moves the head of the queue, as much as fits into one entry with it,
+// to what is held, and returns how many requests that are. p.mu is held.
+func (p *proposer) gather() int {
+	p.held = slices.DeleteFunc(p.held, (*proposal).isAbandoned)
+	size := 0
+	for _, item := range p.held {
+		size += len(item.request.Data) + requestOverhead
 	}
 	n := 0
-	batch := make([]*proposal, 0, min(len(p.queue), p.l.r.cfg.MaxBatchRequests))
 	for _, item := range p.queue {
-		full := len(batch) == p.l.r.cfg.MaxBatchRequests ||
-			len(batch) > 0 && entry.SizeBytes()+len(item.request.Data) > p.l.r.cfg.MaxBatchBytes
-		if full {
+		size += len(item.request.Data) + requestOverhead
+		if len(p.held) == p.l.r.cfg.MaxBatchRequests || len(p.held) > 0 && size > p.l.r.cfg.MaxBatchBytes {
 			break
 		}
 		n++
-		p.bytes -= len(item.request.Data)
-		if item.taken.CompareAndSwap(queued, proposed) {
-			entry.Add(item.request)
-			batch = append(batch, item)
+		if !item.isAbandoned() {
+			p.held = append(p.held, item)
 		}
 	}
 	rest := copy(p.queue, p.queue[n:])
 	clear(p.queue[rest:])
 	p.queue = p.queue[:rest]
+	return len(p.held)
+}
+
+// seal makes a fresh entry of what is held and still wanted. p.mu is held.
+func (p *proposer) seal(entry *fsm.EntryBuilder) []*proposal {
+	entry.Reset()
+	if p.refusing {
+		return nil
+	}
+	batch := make([]*proposal, 0, len(p.held))
+	for _, item := range p.held {
+		if item.taken.CompareAndSwap(queued, proposed) {
+			p.bytes -= len(item.request.Data)
+			entry.Add(item.request)
+			batch = append(batch, item)
+		}
+	}
+	clear(p.held)
+	p.held = p.held[:0]
 	if len(batch) > 0 {
 		p.open.Add(1)
 	}
@@ -209,18 +269,34 @@ func (p *proposer) complete() {
 		case err == nil && ok && len(answer.results) == len(s.batch):
 			p.l.r.metrics.commitSeconds.Observe(time.Since(s.start).Seconds())
 			p.l.r.metrics.batchRequests.Observe(float64(len(s.batch)))
-			for i, item := range s.batch {
-				item.done <- outcome{result: answer.results[i]}
-			}
+			p.answer(s.batch, answer.results)
 		default:
 			err = classify(err)
 			for _, item := range s.batch {
 				item.done <- outcome{err: err}
 			}
 		}
+		if s.ask != nil {
+			p.settled(s.ask, errors.Is(err, ErrUnknownOutcome))
+		}
 		<-p.slots
 		p.open.Done()
 		p.kick()
+	}
+}
+
+// answer answers the requests of an entry that was applied.
+func (p *proposer) answer(batch []*proposal, results []fsm.Result) {
+	var stale []*proposal
+	for i, item := range batch {
+		if results[i].Err != nil && errors.Is(results[i].Err, fsm.ErrStaleFloor) {
+			stale = append(stale, item)
+			continue
+		}
+		item.done <- outcome{result: results[i]}
+	}
+	if len(stale) > 0 {
+		p.requeue(stale)
 	}
 }
 
@@ -240,13 +316,16 @@ func classify(err error) error {
 // flush answers everything that is not proposed yet.
 func (p *proposer) flush(err error) {
 	p.mu.Lock()
-	queue := p.queue
-	p.queue, p.bytes = nil, 0
+	p.dropAsk()
+	waiting := slices.Concat(p.held, p.queue)
+	p.held, p.queue, p.left = nil, nil, 0
+	waiting = slices.DeleteFunc(waiting, func(item *proposal) bool { return !item.taken.CompareAndSwap(queued, proposed) })
+	for _, item := range waiting {
+		p.bytes -= len(item.request.Data)
+	}
 	p.mu.Unlock()
-	for _, item := range queue {
-		if item.taken.CompareAndSwap(queued, proposed) {
-			item.done <- outcome{err: err}
-		}
+	for _, item := range waiting {
+		item.done <- outcome{err: err}
 	}
 }
 

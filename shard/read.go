@@ -50,43 +50,96 @@ func newReads(l *life) *reads { return &reads{l: l, wake: make(chan struct{}, 1)
 // it answers linearizably for reads that began before this call. It must be
 // called on the leader; it waits for a new leader to become ready, and for a
 // quorum. It reads no clock of other nodes and trusts no lease.
+//
+// In a group with a sequencer it also waits for the entries that had asked for
+// their revisions, so that reads of this group, of others and snapshots are
+// strictly serializable together (docs/design.md section 5 rule 6).
 func (r *Replica) ReadIndex(ctx context.Context) (uint64, error) {
+	index, _, err := r.Confirm(ctx)
+	return index, err
+}
+
+// Confirm is ReadIndex and tells the term too: this replica was the leader in
+// it, for all the others, at some moment after the call.
+func (r *Replica) Confirm(ctx context.Context) (index, term uint64, err error) {
 	l := r.life.Load()
 	e, err := l.serving(ctx)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	start := time.Now()
+	if r.cfg.Faults.ReadWithoutConfirmation {
+		return l.raft.CommitIndex(), e.term, nil
+	}
+	item := l.reads.join(e)
+	if !r.cfg.Faults.ReadBeforeReserved {
+		if err := l.proposer.await(ctx, e, l.proposer.unsettled()); err != nil {
+			return 0, 0, err
+		}
+	}
 	// An own-term command is applied, so this covers every write that any
 	// leader acknowledged before now. It may exceed what is applied here.
-	index := l.raft.CommitIndex()
-	if r.cfg.Faults.ReadWithoutConfirmation {
-		return index, nil
-	}
-	if err := l.reads.confirm(ctx, e); err != nil {
-		return 0, err
-	}
-	r.metrics.confirmSeconds.Observe(time.Since(start).Seconds())
-	return index, nil
+	index = l.raft.CommitIndex()
+	return index, e.term, l.reads.wait(ctx, item)
 }
 
-func (q *reads) confirm(ctx context.Context, e *epoch) error {
+// ReadIndexAt returns an index such that any state of the group that has applied
+// it answers reads at revision at completely and for ever: no write of that
+// revision or below is missing, or comes later. Like ReadIndex it must be called
+// on the leader. The group must have a sequencer, and at must have been handed
+// out by it: nothing is written before it hands out more.
+func (r *Replica) ReadIndexAt(ctx context.Context, at int64) (uint64, error) {
+	l := r.life.Load()
+	e, err := l.serving(ctx) // what earlier leaders may have proposed is applied
+	if err != nil {
+		return 0, err
+	}
+	p := l.proposer
+	if p.isGated() {
+		if err := p.await(ctx, e, p.unsettled()); err != nil {
+			return 0, err
+		}
+	}
+	var below []*ask
+	if !r.cfg.Faults.SnapshotWithoutGate {
+		below = p.raiseGate(at)
+	}
+	// A later leader asks for revisions after this, so they are above at.
+	item := l.reads.join(e)
+	if !r.cfg.Faults.SnapshotBeforeInFlight {
+		if err := p.await(ctx, e, below); err != nil {
+			return 0, err
+		}
+	}
+	index := l.raft.CommitIndex()
+	return index, l.reads.wait(ctx, item)
+}
+
+// join begins the confirmation that this replica leads from now on.
+func (q *reads) join(e *epoch) *read {
 	item := &read{since: time.Now(), epoch: e, done: make(chan error, 1)}
 	q.mu.Lock()
 	q.waiting = append(q.waiting, item)
 	q.mu.Unlock()
-	// The epoch may have ended, and its reads been flushed, just before.
-	if q.l.role.Load() != e {
-		return ErrNotLeader
-	}
 	select {
 	case q.wake <- struct{}{}:
 	default:
 	}
+	return item
+}
+
+// wait ends when the confirmation is there.
+func (q *reads) wait(ctx context.Context, item *read) error {
+	// The epoch may have ended, and its reads been flushed, before the item came.
+	if q.l.role.Load() != item.epoch {
+		return ErrNotLeader
+	}
 	select {
 	case err := <-item.done:
+		if err == nil {
+			q.l.r.metrics.confirmSeconds.Observe(time.Since(item.since).Seconds())
+		}
 		return err
-	case <-e.over:
+	case <-item.epoch.over:
 		return ErrNotLeader
 	case <-ctx.Done():
 		return fmt.Errorf("%w: %w", ErrNotProposed, ctx.Err())

@@ -81,6 +81,9 @@ type Config struct {
 	OpenLog func(guard func() uint64) (LogStore, error)
 	// State tunes the state machine; Path, Group and ClusterID are filled in.
 	State fsm.Config
+	// Sequencer hands out the revisions of a group that shares them with
+	// others; nil: the state numbers them itself.
+	Sequencer Sequencer
 	// Streams bounds the snapshots that the replicas of a process send at a
 	// time; nil: no bound.
 	Streams *snapshot.Limit
