@@ -3,13 +3,14 @@ package node
 import (
 	"context"
 	"errors"
-	"fmt"
+	"strings"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"kvd/placement"
 	"kvd/server/kvdpb"
+	"kvd/transport"
 )
 
 // administration is what the Admin service needs of the cluster. All but
@@ -124,8 +125,24 @@ func adminError(err error) error {
 	if s, ok := status.FromError(err); ok {
 		return s.Err()
 	}
-	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
-		return status.FromContextError(err).Err()
+	if remote, ok := errors.AsType[*transport.RemoteError](err); ok && remote.Code != 0 {
+		return status.Error(codes.Code(remote.Code), remote.Message)
 	}
-	return status.Error(codes.FailedPrecondition, fmt.Sprintf("kvd: %v", err))
+	code := codes.Unavailable // no leader now, a lost connection
+	switch {
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return status.FromContextError(err).Err()
+	case errors.Is(err, placement.ErrUnknownMember):
+		code = codes.NotFound
+	case errors.Is(err, placement.ErrTooFew), errors.Is(err, placement.ErrQuorum), errors.Is(err, placement.ErrMemberExists):
+		code = codes.FailedPrecondition
+	}
+	return status.Error(code, "kvd: "+strings.TrimPrefix(err.Error(), "placement: "))
+}
+
+// remoteAdminError is what a handler on group 0's leader answers to another
+// node, whose adminError finds the same status in it.
+func remoteAdminError(err error) error {
+	s := status.Convert(adminError(err))
+	return &transport.RemoteError{Code: uint32(s.Code()), Message: s.Message()}
 }

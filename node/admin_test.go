@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 
 	"google.golang.org/grpc/codes"
@@ -12,6 +13,7 @@ import (
 
 	"kvd/placement"
 	"kvd/server/kvdpb"
+	"kvd/transport"
 )
 
 // fakeAdministration answers with what it is made of, and records what it was told.
@@ -118,6 +120,17 @@ func TestAdminChangesMembers(t *testing.T) {
 func TestAdminErrors(t *testing.T) {
 	cluster := &fakeAdministration{}
 	a := newAdmin(cluster)
+	check := func(cause error, code codes.Code) {
+		t.Helper()
+		_, err1 := a.Shards(t.Context(), &kvdpb.ShardsRequest{})
+		_, err2 := a.RemoveMember(t.Context(), &kvdpb.RemoveMemberRequest{Name: "n1"})
+		_, err3 := a.ReplaceMember(t.Context(), &kvdpb.ReplaceMemberRequest{Old: "n1", New: "n2"})
+		for _, err := range []error{err1, err2, err3} {
+			if status.Code(err) != code {
+				t.Errorf("%v became %v", cause, err)
+			}
+		}
+	}
 	for _, c := range []struct {
 		err  error
 		code codes.Code
@@ -125,16 +138,20 @@ func TestAdminErrors(t *testing.T) {
 		{status.Error(codes.ResourceExhausted, "x"), codes.ResourceExhausted},
 		{fmt.Errorf("wrapped: %w", context.DeadlineExceeded), codes.DeadlineExceeded},
 		{context.Canceled, codes.Canceled},
-		{errors.New("refused"), codes.FailedPrecondition},
+		{fmt.Errorf("%w: n9", placement.ErrUnknownMember), codes.NotFound},
+		{placement.ErrTooFew, codes.FailedPrecondition},
+		{placement.ErrQuorum, codes.FailedPrecondition},
+		{placement.ErrMemberExists, codes.FailedPrecondition},
+		{placement.ErrConflict, codes.Unavailable},
+		{errors.New("no leader"), codes.Unavailable},
+		{&transport.RemoteError{Message: "a bug"}, codes.Unavailable},
 	} {
 		cluster.fail = c.err
-		_, err1 := a.Shards(t.Context(), &kvdpb.ShardsRequest{})
-		_, err2 := a.RemoveMember(t.Context(), &kvdpb.RemoveMemberRequest{Name: "n1"})
-		_, err3 := a.ReplaceMember(t.Context(), &kvdpb.ReplaceMemberRequest{Old: "n1", New: "n2"})
-		for _, err := range []error{err1, err2, err3} {
-			if status.Code(err) != c.code {
-				t.Errorf("%v became %v", c.err, err)
-			}
-		}
+		check(c.err, c.code)
+		cluster.fail = fmt.Errorf("forwarded: %w", remoteAdminError(c.err))
+		check(c.err, c.code)
+	}
+	if text := adminError(fmt.Errorf("%w: n9", placement.ErrUnknownMember)).Error(); !strings.HasSuffix(text, "desc = kvd: no such member: n9") {
+		t.Error(text)
 	}
 }
