@@ -238,3 +238,11 @@ func (c *Config) founders() []string {
 	slices.Sort(names)
 	return slices.Compact(names)
 }
+
+// cluster is what a new cluster with shards begins with; nil without shards.
+func (c *Config) cluster() *placement.ClusterConfig {
+	if c.Strategy != StrategyConsistent {
+		return nil
+	}
+	return &placement.ClusterConfig{Strategy: c.Strategy, Shards: c.Shards, ReplicationFactor: c.ReplicationFactor, Witnesses: c.Witnesses}
+}

@@ -74,17 +74,10 @@ type groups struct {
 	usable  atomic.Pointer[map[uint64]*shard.Replica] // by group: voters with state
 
 	mu      sync.Mutex
-	open    map[replicaKey]*shard.Replica
-	lost    map[replicaKey]bool // assigned to this node, but its files are gone or damaged
-	onDisk  map[replicaKey]bool // directories that exist
+	open    map[placement.ReplicaRef]*shard.Replica
+	lost    map[placement.ReplicaRef]bool // assigned to this node, but its files are gone or damaged
+	onDisk  map[placement.ReplicaRef]bool // directories that exist
 	closing bool
-}
-
-// replicaKey names a replica on this node: during an upgrade of a witness there
-// are two of one group.
-type replicaKey struct {
-	group uint64
-	id    raft.ServerID
 }
 
 const (
@@ -99,7 +92,7 @@ const (
 func newGroups(n *Node) *groups {
 	g := &groups{
 		n:    n,
-		open: make(map[replicaKey]*shard.Replica), lost: make(map[replicaKey]bool), onDisk: make(map[replicaKey]bool),
+		open: make(map[placement.ReplicaRef]*shard.Replica), lost: make(map[placement.ReplicaRef]bool), onDisk: make(map[placement.ReplicaRef]bool),
 	}
 	g.follow(&placement.Map{})
 	g.usable.Store(&map[uint64]*shard.Replica{})
@@ -107,9 +100,9 @@ func newGroups(n *Node) *groups {
 }
 
 // dirOf is the directory of a replica.
-func (g *groups) dirOf(r replicaKey) string {
-	_, number, _ := strings.Cut(string(r.id), "/")
-	return filepath.Join(g.n.cfg.DataDir, "groups", strconv.FormatUint(r.group, 10), number)
+func (g *groups) dirOf(r placement.ReplicaRef) string {
+	_, number, _ := strings.Cut(string(r.ID), "/")
+	return filepath.Join(g.n.cfg.DataDir, "groups", strconv.FormatUint(r.Group, 10), number)
 }
 
 // scan finds the directories that an earlier life of this node has left.
@@ -129,7 +122,7 @@ func (g *groups) scan() error {
 			return err
 		}
 		for _, r := range replicas {
-			g.onDisk[replicaKey{group, raft.ServerID(g.n.cfg.Name + "/" + r.Name())}] = true
+			g.onDisk[placement.ReplicaRef{Group: group, ID: raft.ServerID(g.n.cfg.Name + "/" + r.Name())}] = true
 		}
 	}
 	return nil
@@ -164,12 +157,12 @@ func (g *groups) follow(m *placement.Map) {
 }
 
 // wanted are the replicas that the map gives this node.
-func (g *groups) wanted(m *placement.Map) map[replicaKey]placement.Shard {
-	wanted := make(map[replicaKey]placement.Shard)
+func (g *groups) wanted(m *placement.Map) map[placement.ReplicaRef]placement.Shard {
+	wanted := make(map[placement.ReplicaRef]placement.Shard)
 	for _, s := range m.Shards {
 		for _, r := range s.Replicas {
 			if r.Node() == g.n.cfg.Name && r.Incarnation == g.n.dir.Incarnation() {
-				wanted[replicaKey{s.Group(), r.ID}] = s
+				wanted[placement.ReplicaRef{Group: s.Group(), ID: r.ID}] = s
 			}
 		}
 	}
@@ -179,7 +172,7 @@ func (g *groups) wanted(m *placement.Map) map[replicaKey]placement.Shard {
 // settle opens what is missing and deletes what is too much.
 func (g *groups) settle(ctx context.Context, m *placement.Map) error {
 	wanted := g.wanted(m)
-	var missing, surplus []replicaKey
+	var missing, surplus []placement.ReplicaRef
 	g.mu.Lock()
 	for r := range wanted {
 		if g.open[r] == nil && !g.lost[r] {
@@ -192,17 +185,23 @@ func (g *groups) settle(ctx context.Context, m *placement.Map) error {
 		}
 	}
 	g.mu.Unlock()
-	err := each(missing, func(r replicaKey) error { return g.openOne(r, wanted[r]) })
+	err := each(missing, func(r placement.ReplicaRef) error { return g.openOne(r, wanted[r]) })
 	if len(surplus) > 0 {
 		err = errors.Join(err, g.deleteSurplus(ctx, surplus))
+	}
+	if len(missing)+len(surplus) > 0 {
+		g.refreshUsable()
+		if r := g.n.placement(); r != nil {
+			r.Nudge()
+		}
 	}
 	return err
 }
 
 // each runs f for all, a few at a time, and joins the errors.
-func each(all []replicaKey, f func(replicaKey) error) error {
-	slices.SortFunc(all, func(a, b replicaKey) int {
-		return cmp.Or(cmp.Compare(a.group, b.group), cmp.Compare(a.id, b.id))
+func each(all []placement.ReplicaRef, f func(placement.ReplicaRef) error) error {
+	slices.SortFunc(all, func(a, b placement.ReplicaRef) int {
+		return cmp.Or(cmp.Compare(a.Group, b.Group), cmp.Compare(a.ID, b.ID))
 	})
 	var (
 		tasks sync.WaitGroup
@@ -228,9 +227,9 @@ func each(all []replicaKey, f func(replicaKey) error) error {
 // openOne opens one replica, creating it if this node never has. A replica
 // whose files are gone or damaged is lost for good: it is reported so, and
 // rebuilt under another id.
-func (g *groups) openOne(r replicaKey, s placement.Shard) error {
-	cfg := g.n.replicaConfig(r.group, r.id, g.dirOf(r))
-	if slices.Contains(s.Founders, r.id) {
+func (g *groups) openOne(r placement.ReplicaRef, s placement.Shard) error {
+	cfg := g.n.replicaConfig(r.Group, r.ID, g.dirOf(r))
+	if slices.Contains(s.Founders, r.ID) {
 		cfg.Bootstrap = &raft.Configuration{}
 		for _, id := range s.Founders {
 			cfg.Bootstrap.Servers = append(cfg.Bootstrap.Servers, raft.Server{ID: id, Address: raft.ServerAddress(id)})
@@ -242,13 +241,13 @@ func (g *groups) openOne(r replicaKey, s placement.Shard) error {
 	replica, err := g.n.openReplicaFiles(cfg)
 	switch {
 	case errors.Is(err, errReplicaLost):
-		g.n.log.Error("a replica of a shard is lost: it will be rebuilt under another id", "group", r.group, "replica", string(r.id), "error", err)
+		g.n.log.Error("a replica of a shard is lost: it will be rebuilt under another id", "group", r.Group, "replica", string(r.ID), "error", err)
 		g.mu.Lock()
 		g.lost[r] = true
 		g.mu.Unlock()
 		return nil
 	case err != nil:
-		return fmt.Errorf("open replica %s of group %d: %w", r.id, r.group, err)
+		return fmt.Errorf("open replica %s of group %d: %w", r.ID, r.Group, err)
 	}
 	g.mu.Lock()
 	if g.closing {
@@ -257,27 +256,27 @@ func (g *groups) openOne(r replicaKey, s placement.Shard) error {
 	}
 	g.open[r] = replica
 	g.mu.Unlock()
-	g.n.log.Debug("opened a replica", "group", r.group, "replica", string(r.id))
+	g.n.log.Debug("opened a replica", "group", r.Group, "replica", string(r.ID))
 	return nil
 }
 
 // deleteSurplus deletes replicas that the map does not give to this node. What
 // this node knows of the map may be older than the replica, so the leader is
 // asked first.
-func (g *groups) deleteSurplus(ctx context.Context, surplus []replicaKey) error {
+func (g *groups) deleteSurplus(ctx context.Context, surplus []placement.ReplicaRef) error {
 	m, err := g.n.freshMap(ctx)
 	if err != nil {
 		return fmt.Errorf("read the cluster map to delete %d replicas: %w", len(surplus), err)
 	}
 	wanted := g.wanted(m)
-	surplus = slices.DeleteFunc(surplus, func(r replicaKey) bool {
+	surplus = slices.DeleteFunc(surplus, func(r placement.ReplicaRef) bool {
 		_, ok := wanted[r]
 		return ok
 	})
 	return each(surplus, g.deleteOne)
 }
 
-func (g *groups) deleteOne(r replicaKey) error {
+func (g *groups) deleteOne(r placement.ReplicaRef) error {
 	g.mu.Lock()
 	replica := g.open[r]
 	delete(g.open, r)
@@ -288,45 +287,53 @@ func (g *groups) deleteOne(r replicaKey) error {
 		err = replica.Close()
 	}
 	if err := errors.Join(err, os.RemoveAll(g.dirOf(r))); err != nil {
-		return fmt.Errorf("delete replica %s of group %d: %w", r.id, r.group, err)
+		return fmt.Errorf("delete replica %s of group %d: %w", r.ID, r.Group, err)
 	}
 	_ = os.Remove(filepath.Dir(g.dirOf(r))) // if it is the last one of its group
 	g.mu.Lock()
 	delete(g.onDisk, r)
 	delete(g.lost, r)
 	g.mu.Unlock()
-	g.n.log.Info("deleted a replica that is no longer this node's", "group", r.group, "replica", string(r.id))
+	g.n.log.Info("deleted a replica that is no longer this node's", "group", r.Group, "replica", string(r.ID))
 	return nil
 }
 
-// all lists the open replicas of shards.
-func (g *groups) all() []*shard.Replica {
+// Replicas implements placement.Host.
+func (g *groups) Replicas() map[placement.ReplicaRef]*shard.Replica {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return slices.Collect(maps.Values(g.open))
+	return maps.Clone(g.open)
 }
 
-// lostReplicas lists what this node cannot open.
-func (g *groups) lostReplicas() []replicaKey {
+// Lost implements placement.Host.
+func (g *groups) Lost() []placement.ReplicaRef {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return slices.Collect(maps.Keys(g.lost))
 }
 
+// DiskFree implements placement.Host.
+func (g *groups) DiskFree() uint64 {
+	free, err := freeBytes(g.n.cfg.DataDir)
+	if err != nil {
+		return 0
+	}
+	return free
+}
+
+var _ placement.Host = (*groups)(nil)
+
 // refreshUsable finds the replicas that can answer clients: members with a vote
 // and with state. The others' requests go to other nodes.
 func (g *groups) refreshUsable() {
 	usable := make(map[uint64]*shard.Replica)
-	g.mu.Lock()
-	open := maps.Clone(g.open)
-	g.mu.Unlock()
-	for key, replica := range open {
-		if shard.IsWitness(key.id) {
+	for key, replica := range g.Replicas() {
+		if shard.IsWitness(key.ID) {
 			continue
 		}
 		for _, m := range replica.Status().Members {
-			if m.ID == key.id && m.Voter {
-				usable[key.group] = replica
+			if m.ID == key.ID && m.Voter {
+				usable[key.Group] = replica
 			}
 		}
 	}
@@ -340,7 +347,7 @@ func (g *groups) close() error {
 	open := g.open
 	g.open = nil
 	g.mu.Unlock()
-	return each(slices.Collect(maps.Keys(open)), func(r replicaKey) error { return open[r].Close() })
+	return each(slices.Collect(maps.Keys(open)), func(r placement.ReplicaRef) error { return open[r].Close() })
 }
 
 // errReplicaLost: the replica's files are gone or damaged.

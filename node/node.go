@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -18,11 +20,13 @@ import (
 	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
 
 	"kvd/fsm"
 	"kvd/node/bootstrap"
 	"kvd/placement"
 	"kvd/server"
+	"kvd/server/kvdpb"
 	"kvd/shard"
 	"kvd/shard/raftlog"
 	"kvd/transport"
@@ -150,6 +154,8 @@ func (n *Node) connect(l *listeners) error {
 		Peers:        n.transport,
 		NotDelivered: notDelivered,
 		Groups:       keyspace{n.cfg.Shards, n.groups},
+		Members:      membership{n},
+		Services:     func(s grpc.ServiceRegistrar) { kvdpb.RegisterAdminServer(s, newAdmin(n)) },
 		TempDir:      n.cfg.DataDir,
 		NoSpace:      newDiskGuard(n.log, n.cfg.DataDir, n.cfg.MinDiskFree).full,
 		TLS:          clientTLS,
@@ -164,6 +170,7 @@ func (n *Node) connect(l *listeners) error {
 		return err
 	}
 	n.warnOpenPeers()
+	n.handleAdministration()
 	for method, handle := range n.server.Handlers() {
 		n.transport.Handle(method, func(ctx context.Context, from transport.Peer, payload []byte) ([]byte, error) {
 			return handle(ctx, from.Node, payload)
@@ -191,13 +198,24 @@ func (n *Node) openReplica() error {
 	return nil
 }
 
-// reconcile begins to keep group 0's members what the cluster map says, for
-// whenever this node leads.
+// reconcile begins to report this node's replicas, and to keep all groups what
+// the cluster map says, for whenever this node leads group 0.
 func (n *Node) reconcile() {
-	r := placement.Start(placement.Config{Replica: n.Replica(), Founders: n.founders(), Logger: n.log})
+	r := placement.Start(placement.Config{
+		Node: n.cfg.Name, Incarnation: n.dir.Incarnation(), Weight: n.cfg.Weight,
+		Replica: n.Replica(), Founders: n.founders(), Cluster: n.cfg.cluster(), DownAfter: n.cfg.DownAfter,
+		Host: n.groups, Peers: n.transport, Logger: n.log,
+	})
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.reconciler = r
+}
+
+// placement is nil until this node is a member.
+func (n *Node) placement() *placement.Reconciler {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.reconciler
 }
 
 // missing names a file without which the replica is not itself. bbolt would
@@ -248,7 +266,7 @@ func (n *Node) replicaConfig(group uint64, id raft.ServerID, dir string) shard.C
 			}
 			return raftlog.Open(raftlog.Options{
 				Path: filepath.Join(dir, logFile), Guard: guard, NoSync: n.cfg.NoSync,
-				Logger: n.log, Registerer: n.cfg.Registry,
+				Logger: n.log, Registerer: shard.WithGroup(n.cfg.Registry, group, id),
 			})
 		},
 		State:            fsm.Config{NoSync: n.cfg.NoSync},
@@ -373,7 +391,7 @@ func (n *Node) Abort() error {
 
 // handOver hands over the leadership of every group that this node leads.
 func (n *Node) handOver() {
-	replicas := n.groups.all()
+	replicas := slices.Collect(maps.Values(n.groups.Replicas()))
 	if r := n.Replica(); r != nil {
 		replicas = append(replicas, r)
 	}
@@ -405,8 +423,8 @@ func (n *Node) stop() error {
 	if n.disk != nil {
 		n.cfg.Registry.Unregister(n.disk)
 	}
-	if n.reconciler != nil {
-		n.reconciler.Close()
+	if r := n.placement(); r != nil {
+		r.Close()
 	}
 	errs = append(errs, n.groups.close())
 	if replica := n.Replica(); replica != nil {

@@ -163,9 +163,7 @@ func (n *Node) admit(ctx context.Context, payload []byte) bootstrap.RejoinRespon
 	if err != nil {
 		return refuse(bootstrap.OtherSettings, err.Error())
 	}
-	n.mu.Lock()
-	reconciler := n.reconciler
-	n.mu.Unlock()
+	reconciler := n.placement()
 	if reconciler == nil {
 		return refuse(bootstrap.NotNow, "the leader is starting")
 	}
@@ -186,11 +184,15 @@ func (n *Node) admit(ctx context.Context, payload []byte) bootstrap.RejoinRespon
 		judge.Members = append(judge.Members, bootstrap.Member{Name: m.Name, Incarnation: m.Incarnation, Replica: string(m.Replica)})
 	}
 	old, already, refusal := judge.Judge(request)
-	if refusal != nil {
-		return bootstrap.Refuse(refusal)
-	}
 	next := current[old.Name]
-	if !already {
+	switch {
+	case refusal != nil && refusal.Reason == bootstrap.UnknownName && request.Join:
+		if next, _, err = reconciler.Join(ctx, request.Name, request.Incarnation, request.Weight); err != nil {
+			return refuse(bootstrap.NotNow, err.Error())
+		}
+	case refusal != nil:
+		return bootstrap.Refuse(refusal)
+	case !already:
 		if next, err = reconciler.Replace(ctx, next, request.Incarnation); err != nil {
 			return refuse(bootstrap.NotNow, err.Error())
 		}
