@@ -46,6 +46,14 @@ var (
 	ErrClosed = errors.New("fsm: store is closed")
 )
 
+// Errors of moving rows from state to state.
+var (
+	// ErrMalformedRows: what should be a page of rows, or its cursor, is none.
+	ErrMalformedRows = errors.New("fsm: malformed page of rows")
+	// ErrRowOrder: rows do not come newest first, or two states have changes at the same revision.
+	ErrRowOrder = errors.New("fsm: rows are not in order")
+)
+
 // Errors of Open, beside ErrCorruptState.
 var (
 	// ErrLocked: another process has the file open.
