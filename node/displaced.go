@@ -15,9 +15,9 @@ import (
 // another one has taken its place.
 const displacementCheck = 2 * time.Second
 
-// watchDisplacement ends a node whose place in the cluster was given to another
-// data directory while it was down: its replica is no longer a member, no
-// leader talks to it, and it would wait for ever.
+// watchDisplacement ends a node that has left the cluster, or whose place in it
+// was given to another data directory while it was down: its replica is no
+// longer a member, no leader talks to it, and it would wait for ever.
 func (n *Node) watchDisplacement(ctx context.Context) {
 	ticker := time.NewTicker(displacementCheck)
 	defer ticker.Stop()
@@ -36,22 +36,46 @@ func (n *Node) watchDisplacement(ctx context.Context) {
 				n.cfg.Name, by.Replica, n.outcome().Replica, n.cfg.DataDir))
 			return
 		}
+		if n.hasLeft(ctx) {
+			n.cfg.OnFatal(fmt.Errorf(
+				"node %q has left the cluster: stop it; to let it join again, remove %s and start it with --join", n.cfg.Name, n.cfg.DataDir))
+			return
+		}
 	}
+}
+
+// hasLeft asks the others whether this node, which has been a member, is one
+// no more.
+func (n *Node) hasLeft(ctx context.Context) bool {
+	for _, name := range n.acquaintances() {
+		attempt, cancel := context.WithTimeout(ctx, pingTimeout)
+		answer, err := n.transport.Call(attempt, name, methodLeft, []byte(n.cfg.Name))
+		cancel()
+		if err == nil && len(answer) == 1 {
+			return answer[0] == 1
+		}
+	}
+	return false
+}
+
+// encodedLeft is 1 if no member of that name is in the map as it is now. A
+// former state of the map would prove nothing about a node that joined since.
+func (n *Node) encodedLeft(ctx context.Context, name string) ([]byte, error) {
+	m, err := n.freshMap(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if _, known := m.Member(name); known || len(m.Members) == 0 {
+		return []byte{0}, nil
+	}
+	return []byte{1}, nil
 }
 
 // displacedBy asks the other members who this node's successor is; nil if none
 // knows of one. What they answer is committed, if perhaps out of date: only a
 // later replica of this node's name than its own proves anything.
 func (n *Node) displacedBy(ctx context.Context) *placement.Member {
-	names := n.cfg.founders()
-	for _, m := range n.members() {
-		names = append(names, m.Name)
-	}
-	slices.Sort(names)
-	for _, name := range slices.Compact(names) {
-		if name == n.cfg.Name {
-			continue
-		}
+	for _, name := range n.acquaintances() {
 		attempt, cancel := context.WithTimeout(ctx, pingTimeout)
 		answer, err := n.transport.Call(attempt, name, methodMember, []byte(n.cfg.Name))
 		cancel()
@@ -61,6 +85,19 @@ func (n *Node) displacedBy(ctx context.Context) *placement.Member {
 		}
 	}
 	return nil
+}
+
+// acquaintances are the other nodes that this one has heard of, in order.
+func (n *Node) acquaintances() []string {
+	names := n.cfg.founders()
+	for _, m := range n.members() {
+		names = append(names, m.Name)
+	}
+	for name := range n.book.All() {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return slices.DeleteFunc(slices.Compact(names), func(name string) bool { return name == n.cfg.Name })
 }
 
 // succeeds reports whether m is a later incarnation of this node.

@@ -16,6 +16,7 @@ const (
 	methodPing   = "node.ping"   // answered with the incarnation
 	methodRejoin = "node.rejoin" // forwarded to group 0's leader
 	methodMember = "node.member" // answered with the record of the named member
+	methodLeft   = "node.left"   // answered with whether the named one is no member
 	pingTimeout  = time.Second
 )
 
@@ -129,6 +130,9 @@ func (n *Node) handleRejoins() {
 	})
 	n.transport.Handle(methodMember, func(_ context.Context, _ transport.Peer, name []byte) ([]byte, error) {
 		return n.encodedMember(string(name))
+	})
+	n.transport.Handle(methodLeft, func(ctx context.Context, _ transport.Peer, name []byte) ([]byte, error) {
+		return n.encodedLeft(ctx, string(name))
 	})
 	n.transport.Handle(methodRejoin, func(ctx context.Context, _ transport.Peer, payload []byte) ([]byte, error) {
 		return n.admit(ctx, payload).Encode()
