@@ -25,6 +25,16 @@ type pipeline struct {
 	done   chan raft.AppendFuture
 	tasks  sync.WaitGroup
 	once   sync.Once
+
+	mu    sync.Mutex
+	known known
+}
+
+// known is what the peer has told it knows.
+type known struct {
+	match  uint64    // its log is this replica's up to here
+	commit uint64    // and committed up to here
+	sent   time.Time // when it was last sent anything
 }
 
 // future implements raft.AppendFuture.
@@ -63,14 +73,18 @@ func (g *Group) AppendEntriesPipeline(id raft.ServerID, target raft.ServerAddres
 }
 
 // AppendEntries implements raft.AppendPipeline. It waits for room in the window and in the connection's
-// queue, at most for Config.RPCTimeout.
+// queue, at most for Config.RPCTimeout. A request that tells the peer nothing is dropped, and its future
+// never comes out of Consumer.
 func (p *pipeline) AppendEntries(args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) (raft.AppendFuture, error) {
-	timeout := p.g.t.cfg.RPCTimeout
-	timer := time.NewTimer(timeout)
-	defer timer.Stop()
 	if p.ctx.Err() != nil {
 		return nil, context.Cause(p.ctx)
 	}
+	if p.tellsNothing(args) {
+		return &future{start: time.Now(), args: args, resp: resp, ready: closed}, nil
+	}
+	timeout := p.g.t.cfg.RPCTimeout
+	timer := time.NewTimer(timeout)
+	defer timer.Stop()
 	select {
 	case p.slots <- struct{}{}:
 	case <-p.ctx.Done():
@@ -88,6 +102,39 @@ func (p *pipeline) AppendEntries(args *raft.AppendEntriesRequest, resp *raft.App
 	}
 	p.sent <- f // has room: a slot was free
 	return f, nil
+}
+
+var closed = func() chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}()
+
+// tellsNothing reports whether a request has neither entries nor a commit index that the peer does not have:
+// raft sends one each CommitTimeout. Some still go out, for a replica that was opened again behind the same
+// connection and does not remember the commit index.
+func (p *pipeline) tellsNothing(args *raft.AppendEntriesRequest) bool {
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(args.Entries) == 0 && args.PrevLogEntry <= p.known.match && args.LeaderCommitIndex <= p.known.commit &&
+		now.Sub(p.known.sent) < p.g.t.cfg.RepeatAfter && p.c.cause() == nil {
+		return true
+	}
+	p.known.sent = now
+	return false
+}
+
+// learn notes what a peer knows that has answered with success.
+func (p *pipeline) learn(args *raft.AppendEntriesRequest) {
+	match := args.PrevLogEntry
+	if n := len(args.Entries); n > 0 {
+		match = args.Entries[n-1].Index
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.known.match = max(p.known.match, match)
+	p.known.commit = max(p.known.commit, min(match, args.LeaderCommitIndex))
 }
 
 // Consumer implements raft.AppendPipeline.
@@ -139,6 +186,8 @@ func (p *pipeline) complete(f *future) {
 		p.fail(err)
 	case !f.resp.Success:
 		p.fail(errPipelineBroken)
+	default:
+		p.learn(f.args)
 	}
 	if err == nil {
 		p.g.record(p.peer, f.start, f.args, f.resp)

@@ -238,3 +238,79 @@ func TestPipelineFailsWithItsConnection(t *testing.T) {
 		_, _ = pl.Close(), again.Close()
 	})
 }
+
+// Raft sends an AppendEntries each CommitTimeout, in every group. One that tells the peer nothing stays here; one
+// with entries or a newer commit index does not, nor the first after a while or on a broken connection.
+func TestPipelineDropsWhatTellsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPair(t, func(c *Config) { c.RepeatAfter = time.Minute })
+		came := 0
+		serve(p.gb, func(req any) (any, error) {
+			came++
+			return succeed(req)
+		})
+		pl, err := p.ga.AppendEntriesPipeline("b/1", "b/1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = pl.Close() }()
+		tell := func(commit, last uint64) *raft.AppendEntriesRequest {
+			return &raft.AppendEntriesRequest{Term: 3, PrevLogEntry: last, PrevLogTerm: 3, LeaderCommitIndex: commit}
+		}
+		withEntry := entries(3, 11, 1, 10)
+		withEntry.LeaderCommitIndex = 10
+		for _, step := range []struct {
+			what string
+			req  *raft.AppendEntriesRequest
+			goes bool
+		}{
+			{"the first", tell(10, 10), true},
+			{"the same again", tell(10, 10), false},
+			{"an entry", withEntry, true},
+			{"nothing behind it", tell(10, 11), false},
+			{"its commit", tell(11, 11), true},
+			{"nothing", tell(11, 11), false},
+			{"a commit index beyond the log", tell(20, 11), true},
+			{"and again: the peer can have taken 11 only", tell(20, 11), true},
+			{"a log that the peer is not known to have", tell(11, 12), true},
+		} {
+			before := came
+			f, err := pl.AppendEntries(step.req, new(raft.AppendEntriesResponse))
+			if err != nil {
+				t.Fatalf("%s: %v", step.what, err)
+			}
+			synctest.Wait()
+			if goes := came > before; goes != step.goes {
+				t.Errorf("%s: sent is %v", step.what, goes)
+			}
+			if len(pl.Consumer()) > 0 != step.goes {
+				t.Errorf("%s: %d futures", step.what, len(pl.Consumer()))
+			}
+			if step.goes {
+				<-pl.Consumer()
+			} else if f.Error() != nil {
+				t.Errorf("%s: %v", step.what, f.Error())
+			}
+		}
+		before := came
+		send := func() error {
+			_, err := pl.AppendEntries(tell(11, 12), new(raft.AppendEntriesResponse))
+			synctest.Wait()
+			return err
+		}
+		time.Sleep(59 * time.Second)
+		if err := send(); err != nil || came != before {
+			t.Errorf("before RepeatAfter: %v, sent %d", err, came-before)
+		}
+		time.Sleep(time.Second)
+		if err := send(); err != nil || came != before+1 {
+			t.Errorf("after RepeatAfter: %v, sent %d", err, came-before)
+		}
+		<-pl.Consumer()
+		_ = p.b.Close()
+		synctest.Wait()
+		if err := send(); err == nil {
+			t.Error("on a broken connection: raft must notice")
+		}
+	})
+}

@@ -47,6 +47,7 @@ type Config struct {
 	DialTimeout        time.Duration // to connect and shake hands (1 s)
 	RetryMin, RetryMax time.Duration // pause after failed attempts, doubling (50 ms to 1 s)
 	RPCTimeout         time.Duration // for raft messages (10 s)
+	RepeatAfter        time.Duration // AppendEntries that tell a peer nothing are not sent more often (5 s)
 	HeartbeatTimeout   time.Duration // for heartbeats (2 s)
 	PingAfter          time.Duration // silence after which a ping is sent (1.5 s)
 	SilenceTimeout     time.Duration // silence after which a connection is closed (5 s)
@@ -75,6 +76,7 @@ func (c *Config) setDefaults() {
 	setDefault(&c.RetryMin, 50*time.Millisecond)
 	setDefault(&c.RetryMax, time.Second)
 	setDefault(&c.RPCTimeout, 10*time.Second)
+	setDefault(&c.RepeatAfter, 5*time.Second)
 	setDefault(&c.HeartbeatTimeout, 2*time.Second)
 	setDefault(&c.PingAfter, 1500*time.Millisecond)
 	setDefault(&c.SilenceTimeout, 5*time.Second)
@@ -104,7 +106,7 @@ func (c *Config) Validate() error {
 	for _, v := range []int{d.MaxMessageBytes, d.MaxAppendBytes, d.QueueBytes, d.InboxBytes, d.MaxConcurrentCalls, d.MaxCallBytes, d.MaxInbound, d.PipelineWindow} {
 		need(v > 0, "bounds must be positive")
 	}
-	for _, v := range []time.Duration{d.DialTimeout, d.RetryMin, d.RPCTimeout, d.HeartbeatTimeout, d.PingAfter,
+	for _, v := range []time.Duration{d.DialTimeout, d.RetryMin, d.RPCTimeout, d.RepeatAfter, d.HeartbeatTimeout, d.PingAfter,
 		d.SilenceTimeout, d.AskTimeout, d.StreamTimeout, d.InstallTimeout} {
 		need(v > 0, "timeouts must be positive")
 	}
