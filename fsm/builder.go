@@ -15,7 +15,7 @@ import (
 )
 
 // Builder writes a new state file from the rows of others' client key spaces, to merge states or to take one apart.
-// It keeps at most builderBytes of rows in memory. It is not safe for concurrent use. It must end in Finish or
+// It keeps about 1 MiB of rows in memory. It is not safe for concurrent use. It must end in Finish or
 // Discard.
 type Builder struct {
 	path   string
@@ -25,6 +25,7 @@ type Builder struct {
 	bytes  int
 	oldest mvcc.Revision // added so far
 	newest int64
+	limit  int                   // of bytes
 	lose   func(key []byte) bool // a fault: this row is not written
 }
 
@@ -39,7 +40,7 @@ func NewBuilder(path string) (*Builder, error) {
 	if err := f.Close(); err != nil {
 		return nil, err
 	}
-	b := &Builder{path: path, oldest: mvcc.Revision{Main: math.MaxInt64}}
+	b := &Builder{path: path, oldest: mvcc.Revision{Main: math.MaxInt64}, limit: builderBytes}
 	b.db, err = bbolt.Open(path, 0o600, &bbolt.Options{
 		Timeout: 1, NoFreelistSync: true, FreelistType: bbolt.FreelistMapType, NoSync: true, NoGrowSync: true,
 	})
@@ -90,7 +91,7 @@ func (b *Builder) add(row rowOfPage) error {
 	row.data = append(b.arena.Take(len(row.data)), row.data...)
 	b.rows = append(b.rows, row)
 	b.bytes += len(row.storedKey) + len(row.data) + rowOverheadBytes
-	if b.bytes < builderBytes {
+	if b.bytes < b.limit {
 		return nil
 	}
 	return b.write()

@@ -166,6 +166,9 @@ func (x *sharded) merge(t *testing.T, cut int64, loseNewest bool) (path string, 
 	if err != nil {
 		t.Fatal(err)
 	}
+	if !loseNewest {
+		b.limit = 1 + x.IntN(4000)
+	}
 	t.Cleanup(func() {
 		if err := b.Discard(); err != nil {
 			t.Error(err)

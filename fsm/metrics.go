@@ -1,15 +1,17 @@
 package fsm
 
 import (
-	"errors"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"kvd/snapshot/metricset"
 )
 
 // metrics are shared by the stores of one Registerer: after a snapshot has been installed, a new store continues
-// the old one's.
+// the old one's. They are gone when no store of it is open.
 type metrics struct {
+	metricset.Set
 	appliedIndex, durableIndex   prometheus.Gauge
 	pendingBytes                 prometheus.Gauge
 	keys, revision, compacted    prometheus.Gauge
@@ -21,50 +23,41 @@ type metrics struct {
 }
 
 func newMetrics(r prometheus.Registerer) *metrics {
+	m := &metrics{}
 	gauge := func(name, help string) prometheus.Gauge {
-		return register(r, prometheus.NewGauge(prometheus.GaugeOpts{Namespace: "kvd", Subsystem: "fsm", Name: name, Help: help}))
+		g := prometheus.NewGauge(prometheus.GaugeOpts{Namespace: "kvd", Subsystem: "fsm", Name: name, Help: help})
+		m.Add(g)
+		return g
 	}
 	counter := func(name, help string) prometheus.Counter {
-		return register(r, prometheus.NewCounter(prometheus.CounterOpts{Namespace: "kvd", Subsystem: "fsm", Name: name, Help: help}))
-	}
-	histogram := func(name, help string, least float64) prometheus.Histogram {
-		return register(r, prometheus.NewHistogram(prometheus.HistogramOpts{
-			Namespace: "kvd", Subsystem: "fsm", Name: name, Help: help, Buckets: prometheus.ExponentialBuckets(least, 4, 10),
-		}))
-	}
-	return &metrics{
-		appliedIndex:   gauge("applied_index", "Index of the last raft entry applied."),
-		durableIndex:   gauge("durable_index", "Index of the last raft entry whose effects are on disk."),
-		pendingBytes:   gauge("pending_bytes", "Bytes applied and not yet on disk, at the last flush."),
-		keys:           gauge("keys_count", "Live keys of clients, at the last flush."),
-		revision:       gauge("revision_number", "Newest revision of the clients' key space, at the last flush."),
-		compacted:      gauge("compact_revision_number", "Oldest readable revision of the clients' key space, at the last flush."),
-		allocatedBytes: gauge("db_size_bytes", "Size of the state file."),
-		inUseBytes:     gauge("db_in_use_bytes", "Bytes of the state file in use."),
-		applySeconds:   histogram("apply_duration_seconds", "Time to apply one raft entry.", 10e-6),
-		flushSeconds:   histogram("flush_duration_seconds", "Time to write a batch to disk.", 100e-6),
-		requests:       counter("applied_requests_total", "Requests applied."),
-		rows:           counter("flushed_rows_total", "Rows written to disk."),
-		flushedRowData: counter("flushed_bytes_total", "Bytes of rows written to disk."),
-		deletedRows:    counter("compacted_rows_total", "Rows deleted by compaction."),
-		turnSeconds:    counter("flush_wait_seconds_total", "Time that flushes have waited for those of other groups."),
-		stallSeconds:   counter("apply_stall_seconds_total", "Time that apply has waited for the disk."),
-	}
-}
-
-// register returns the collector, or the equal one that is registered already.
-func register[C prometheus.Collector](r prometheus.Registerer, c C) C {
-	if r == nil {
+		c := prometheus.NewCounter(prometheus.CounterOpts{Namespace: "kvd", Subsystem: "fsm", Name: name, Help: help})
+		m.Add(c)
 		return c
 	}
-	err := r.Register(c)
-	var exists prometheus.AlreadyRegisteredError
-	if errors.As(err, &exists) {
-		if old, ok := exists.ExistingCollector.(C); ok {
-			return old
-		}
+	histogram := func(name, help string, least float64) prometheus.Histogram {
+		h := prometheus.NewHistogram(prometheus.HistogramOpts{
+			Namespace: "kvd", Subsystem: "fsm", Name: name, Help: help, Buckets: prometheus.ExponentialBuckets(least, 4, 10),
+		})
+		m.Add(h)
+		return h
 	}
-	return c
+	m.appliedIndex = gauge("applied_index", "Index of the last raft entry applied.")
+	m.durableIndex = gauge("durable_index", "Index of the last raft entry whose effects are on disk.")
+	m.pendingBytes = gauge("pending_bytes", "Bytes applied and not yet on disk, at the last flush.")
+	m.keys = gauge("keys_count", "Live keys of clients, at the last flush.")
+	m.revision = gauge("revision_number", "Newest revision of the clients' key space, at the last flush.")
+	m.compacted = gauge("compact_revision_number", "Oldest readable revision of the clients' key space, at the last flush.")
+	m.allocatedBytes = gauge("db_size_bytes", "Size of the state file.")
+	m.inUseBytes = gauge("db_in_use_bytes", "Bytes of the state file in use.")
+	m.applySeconds = histogram("apply_duration_seconds", "Time to apply one raft entry.", 10e-6)
+	m.flushSeconds = histogram("flush_duration_seconds", "Time to write a batch to disk.", 100e-6)
+	m.requests = counter("applied_requests_total", "Requests applied.")
+	m.rows = counter("flushed_rows_total", "Rows written to disk.")
+	m.flushedRowData = counter("flushed_bytes_total", "Bytes of rows written to disk.")
+	m.deletedRows = counter("compacted_rows_total", "Rows deleted by compaction.")
+	m.turnSeconds = counter("flush_wait_seconds_total", "Time that flushes have waited for those of other groups.")
+	m.stallSeconds = counter("apply_stall_seconds_total", "Time that apply has waited for the disk.")
+	return metricset.Join(r, m)
 }
 
 func (m *metrics) flushed(b flushBatch, took time.Duration) {

@@ -102,7 +102,6 @@ func Open(config Config) (*Store, error) {
 	config = config.withDefaults()
 	s := &Store{
 		config:      config,
-		metrics:     newMetrics(config.Registerer),
 		leases:      map[int64]struct{}{},
 		hasher:      xxhash.New(),
 		epoch:       newReadEpoch(),
@@ -138,7 +137,7 @@ func Open(config Config) (*Store, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("load %s: %w", config.Path, err), f.db.Close())
 	}
-	s.path = config.Path
+	s.path, s.metrics = config.Path, newMetrics(config.Registerer)
 	s.file.Store(f)
 	signal(s.compactNow)
 	s.background.Go(s.flushLoop)
@@ -219,6 +218,7 @@ func (s *Store) Close() error {
 			s.closeErr = s.failure
 		}
 		s.closeErr = errors.Join(s.closeErr, s.file.Load().db.Close())
+		s.metrics.Leave()
 	})
 	return s.closeErr
 }

@@ -56,7 +56,7 @@ type Store struct {
 	linger  time.Duration
 	limit   *Limit
 	log     *slog.Logger
-	metrics metrics
+	metrics *metrics
 	ctx     context.Context // ends the streams at Close
 	cancel  context.CancelFunc
 	streams sync.WaitGroup
@@ -117,10 +117,14 @@ func NewStore(src Source, cfg Config) *Store {
 // ErrClosed; readers that are still open must still be closed.
 func (s *Store) Close() error {
 	s.mu.Lock()
+	wasClosed := s.closed
 	s.closed = true
 	s.mu.Unlock()
 	s.cancel()
 	s.streams.Wait()
+	if !wasClosed {
+		s.metrics.Leave()
+	}
 	return nil
 }
 
