@@ -140,6 +140,17 @@ func (o *observations) judge(m Member, now time.Time) NodeView {
 	}
 }
 
+// views judges all members.
+func (o *observations) views(members []Member, now time.Time) map[string]NodeView {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	views := make(map[string]NodeView, len(members))
+	for _, m := range members {
+		views[m.Name] = o.judge(m, now)
+	}
+	return views
+}
+
 // silence is for how long a member has said nothing, as far as this node has
 // listened to it.
 func (o *observations) silence(m Member, now time.Time) time.Duration {

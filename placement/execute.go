@@ -210,18 +210,13 @@ func (r *Reconciler) forgetProgress() {
 			delete(r.groups, group)
 		}
 	}
-	r.planned = nil
 }
 
 // startSteps plans, writes new replicas to the map and begins the other steps.
 // It reports whether the map has changed.
 func (r *Reconciler) startSteps(ctx context.Context, view ClusterView, now time.Time) (changed bool, err error) {
-	plan := PlanShards(view)
-	r.mu.Lock()
-	r.planned = plan
-	r.mu.Unlock()
 	var creates []ShardStep
-	for _, step := range plan {
+	for _, step := range PlanShards(view) {
 		switch leader := view.Groups[step.Group].Leader; {
 		case step.Action == Create:
 			creates = append(creates, step)

@@ -73,14 +73,12 @@ type Reconciler struct {
 	wake    chan struct{}       // capacity 1
 	nudged  chan struct{}       // capacity 1
 
-	ring      *ring.Ring // of ringNodes; the loop's own
+	mu        sync.Mutex
+	ring      *ring.Ring // of ringNodes
 	ringNodes []Member
-
-	mu      sync.Mutex
-	groups  map[uint64]*progress
-	probing map[string]bool
-	running int         // steps under way
-	planned []ShardStep // the latest plan
+	groups    map[uint64]*progress
+	probing   map[string]bool // by node
+	running   int             // steps under way
 }
 
 // progress is how a group's steps go on.
@@ -182,7 +180,7 @@ func (r *Reconciler) look(ctx context.Context) (wait time.Duration, err error) {
 	if changed, err := r.tend(ctx, m); changed || err != nil {
 		return min(wait, again), err
 	}
-	r.startGroup0(ctx, m, now)
+	r.startGroup0(m, now)
 	if m.Config == nil {
 		return r.patience(wait, now), nil
 	}
@@ -218,15 +216,15 @@ func (r *Reconciler) load(ctx context.Context) (*Map, error) {
 
 // view is what the shards' steps are planned from.
 func (r *Reconciler) view(m *Map, now time.Time) (ClusterView, error) {
-	v := ClusterView{Map: *m, Nodes: make(map[string]NodeView, len(m.Members)), Groups: r.seen.groups(m.Members, now)}
+	v := ClusterView{Map: *m, Nodes: r.seen.views(m.Members, now), Groups: r.seen.groups(m.Members, now)}
 	var usable []Member
 	for _, member := range m.Members {
-		node := r.seen.node(member, now)
-		v.Nodes[member.Name] = node
-		if !node.Down && !member.Leaving {
+		if !v.Nodes[member.Name].Down && !member.Leaving {
 			usable = append(usable, Member{Name: member.Name, Weight: weightOf(member.Weight)})
 		}
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.ring == nil || !slices.Equal(usable, r.ringNodes) {
 		next, err := newRing(*m.Config, usable)
 		if err != nil {
@@ -281,20 +279,44 @@ func (r *Reconciler) gone(m *Map, member Member) bool {
 	return status.ConfigurationCommitted && !slices.ContainsFunc(status.Members, func(g shard.Member) bool { return g.Node == member.Name })
 }
 
+// Votes in group 0: of a cluster with shards, and of one without.
+const mapVoters, fullVoters = 5, 7
+
+func votesOf(cfg *ClusterConfig) int {
+	if cfg != nil {
+		return mapVoters
+	}
+	return fullVoters
+}
+
 // startGroup0 begins the next step of group 0 itself, which this node leads.
-func (r *Reconciler) startGroup0(ctx context.Context, m *Map, now time.Time) {
+func (r *Reconciler) startGroup0(m *Map, now time.Time) {
 	replica := r.cfg.Replica
 	status := replica.Status()
-	view := View{Members: m.Members, Group: status.Members, Commit: status.CommitIndex, Match: make(map[raft.ServerID]uint64)}
-	for _, g := range status.Members {
-		view.Match[g.ID] = replica.Match(g.ID)
+	if !status.ConfigurationCommitted {
+		return
+	}
+	view := View{
+		Members: m.Members, Group: status.Members, Leader: status.Replica, Commit: status.CommitIndex,
+		Match: make(map[raft.ServerID]uint64), MaxVoters: votesOf(m.Config), Holding: make(map[string]bool),
+	}
+	for id, f := range replica.Followers() {
+		view.Match[id] = f.Match
+	}
+	if r.cfg.Node != "" {
+		view.Nodes = r.seen.views(m.Members, now)
+	}
+	for _, s := range m.Shards {
+		for _, held := range s.Replicas {
+			view.Holding[held.Node()] = true
+		}
 	}
 	step, ok := Plan(view)
 	if !ok {
 		return
 	}
 	r.start(0, now, func(ctx context.Context) error {
-		r.cfg.Logger.Info("changing the group's members", "step", string(step.Action), "replica", string(step.Replica))
+		r.cfg.Logger.Info("changing the group's members", "step", string(step.Action), "replica", string(step.Replica), "why", step.Why)
 		return carryOut(ctx, replica, step.Action, step.Replica, status.ConfigurationIndex)
 	})
 }
