@@ -2,12 +2,10 @@ package server
 
 import (
 	"context"
-	"fmt"
 	"runtime"
 	"sync"
 	"sync/atomic"
 
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/mem"
@@ -30,9 +28,11 @@ const freeAnswerBytes = 64 << 10
 
 // metered makes the reads with ctx count until release is called.
 func (a *answers) metered(ctx context.Context) (_ context.Context, release func()) {
-	m := &answerMeter{answers: a, free: freeAnswerBytes}
-	return fsm.WithMeter(ctx, m), func() { a.bytes.Add(-m.taken) }
+	m := a.meter()
+	return fsm.WithMeter(ctx, m), m.release
 }
+
+func (a *answers) meter() *answerMeter { return &answerMeter{answers: a, free: freeAnswerBytes} }
 
 // answerMeter is one request's.
 type answerMeter struct {
@@ -47,11 +47,21 @@ func (m *answerMeter) Take(n int) error {
 	more := int64(n - free)
 	if more > 0 && m.answers.bytes.Add(more) > m.answers.max {
 		m.answers.bytes.Add(-more)
-		return kvdError(codes.ResourceExhausted, ReasonBusy,
-			fmt.Sprintf("the answers under way on this node have %d MiB already: read less at once, or try again", m.answers.max>>20))
+		return errBusy
 	}
 	m.taken += more
 	return nil
+}
+
+// release gives back all that was taken.
+func (m *answerMeter) release() { m.answers.bytes.Add(-m.taken) }
+
+// give back what is no longer kept. The free bytes are not given back, so that
+// what is taken is never less than what is kept.
+func (m *answerMeter) give(n int) {
+	n = int(min(int64(n), m.taken))
+	m.taken -= int64(n)
+	m.answers.bytes.Add(-int64(n))
 }
 
 // codec is gRPC's own, except that large answers count until they are gone.

@@ -26,6 +26,7 @@ var refusals = []struct {
 	{4, fsm.ErrLeaseNotFound, rpctypes.ErrGRPCLeaseNotFound},
 	{5, fsm.ErrReadsTooMuch, kvdError(codes.ResourceExhausted, ReasonTooMuchRead, "the request reads too much at once: read less, or outside of a transaction that writes")},
 	{6, fsm.ErrAnswerDropped, kvdError(codes.ResourceExhausted, ReasonAnswerDropped, "the transaction was executed, but reads too much to be answered: read less in it")},
+	{7, errBusy, kvdError(codes.ResourceExhausted, ReasonBusy, "the answers under way take as much memory as they may already: read less at once, or try again")},
 }
 
 // refusal is the client's answer for an error of the state machine.
@@ -38,10 +39,22 @@ func refusal(err error) error {
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return status.FromContextError(err).Err()
 	}
-	if s, ok := status.FromError(err); ok { // a meter's
+	if s, ok := status.FromError(err); ok {
 		return s.Err()
 	}
 	return status.Error(codes.Unknown, err.Error())
+}
+
+// errBusy is a meter's.
+var errBusy = errors.New("server: answers take too much memory")
+
+func isRefusal(err error) bool {
+	for _, known := range refusals {
+		if errors.Is(err, known.err) {
+			return true
+		}
+	}
+	return false
 }
 
 // encodeRefusal is a kind (0 = none of the known ones) and the text.
@@ -88,6 +101,13 @@ const (
 	ReasonBusy = "BUSY"
 	// ReasonStalled: the client has not read what it asked for in time.
 	ReasonStalled = "STALLED"
+	// ReasonCrossShard: the keys of a transaction are not all in one shard.
+	ReasonCrossShard = "CROSS_SHARD"
+	// ReasonPartial: the request was executed in some shards and not in others;
+	// it can be repeated.
+	ReasonPartial = "PARTIAL"
+	// ReasonMembership: the member cannot be removed, or not now.
+	ReasonMembership = "MEMBERSHIP"
 	// ReasonNoState: nothing has been written on this node yet.
 	ReasonNoState = "NO_STATE"
 )
@@ -100,6 +120,16 @@ func kvdError(c codes.Code, reason, message string) error {
 		return s.Err()
 	}
 	return detailed.Err()
+}
+
+// reasonOf is the reason of one of kvd's own errors; empty for all others.
+func reasonOf(err error) string {
+	for _, detail := range status.Convert(err).Details() {
+		if info, ok := detail.(*errdetails.ErrorInfo); ok && info.Domain == errorDomain {
+			return info.Reason
+		}
+	}
+	return ""
 }
 
 func unsupported(what string) error {

@@ -19,6 +19,9 @@ import (
 const (
 	methodPropose   = "kv.propose"
 	methodReadIndex = "kv.readindex"
+	methodPage      = "kv.page"
+	methodReadTxn   = "kv.readtxn"
+	methodGate      = "kv.gate"
 )
 
 // HandlerFunc answers one call from another node. An error means that nothing
@@ -123,7 +126,7 @@ func (r *router) proposeThere(ctx context.Context, node string, w *write) (fsm.R
 	}
 	binary.BigEndian.PutUint64(payload[3:], w.group)
 	binary.BigEndian.PutUint32(payload[11:], timeoutMillis(ctx))
-	c, body, err := r.call(ctx, node, methodPropose, append(payload, w.request.Data...))
+	c, body, err := r.ask(ctx, w.group, node, methodPropose, append(payload, w.request.Data...))
 	switch {
 	case err != nil:
 		return fsm.Result{}, err
@@ -145,7 +148,7 @@ func (r *router) readIndexThere(ctx context.Context, node string, group uint64) 
 	payload[0] = protocolVersion
 	binary.BigEndian.PutUint64(payload[1:], group)
 	binary.BigEndian.PutUint32(payload[9:], timeoutMillis(ctx))
-	c, body, err := r.call(ctx, node, methodReadIndex, payload)
+	c, body, err := r.ask(ctx, group, node, methodReadIndex, payload)
 	switch {
 	case err != nil:
 		return 0, err
@@ -164,6 +167,9 @@ func (r *router) handlers() map[string]HandlerFunc {
 	return map[string]HandlerFunc{
 		methodPropose:   r.guarded(r.handlePropose),
 		methodReadIndex: r.guarded(r.handleReadIndex),
+		methodPage:      r.guarded(r.handlePage),
+		methodReadTxn:   r.guarded(r.handleReadTxn),
+		methodGate:      r.guarded(r.handleGate),
 	}
 }
 
@@ -188,9 +194,10 @@ func (r *router) handlePropose(ctx context.Context, _ string, payload []byte) ([
 	if err := checkForwarded(payload[proposeHeader:]); err != nil {
 		return answer(codeOf(err)), nil
 	}
-	replica := r.cfg.Replica(binary.BigEndian.Uint64(payload[3:]))
+	group := binary.BigEndian.Uint64(payload[3:])
+	replica := r.cfg.Replica(group)
 	if replica == nil {
-		return answer(codeNotLeader), nil
+		return r.decline(group, nil, shard.ErrNotLeader), nil
 	}
 	ctx, cancel := withMillis(ctx, binary.BigEndian.Uint32(payload[11:]))
 	defer cancel()
@@ -198,7 +205,7 @@ func (r *router) handlePropose(ctx context.Context, _ string, payload []byte) ([
 	result, err := r.proposeHere(ctx, replica, request, payload[1]&flagGrows != 0)
 	switch {
 	case err != nil:
-		return answer(codeOf(err)), nil
+		return r.decline(group, replica, err), nil
 	case result.Err != nil:
 		return answer(codeRefused, encodeRefusal(result.Err)...), nil
 	}
@@ -215,18 +222,29 @@ func (r *router) handleReadIndex(ctx context.Context, from string, payload []byt
 	if len(payload) != readIndexHeader || payload[0] != protocolVersion {
 		return answer(codeMalformed), nil
 	}
-	replica := r.cfg.Replica(binary.BigEndian.Uint64(payload[1:]))
+	group := binary.BigEndian.Uint64(payload[1:])
+	replica := r.cfg.Replica(group)
 	if replica == nil {
-		return answer(codeNotLeader), nil
+		return r.decline(group, nil, shard.ErrNotLeader), nil
 	}
 	ctx, cancel := withMillis(ctx, binary.BigEndian.Uint32(payload[9:]))
 	defer cancel()
 	index, err := replica.ReadIndex(ctx)
 	if err != nil {
-		return answer(codeOf(err)), nil
+		return r.decline(group, replica, err), nil
 	}
 	replica.AdvanceFollower(from, index)
 	return binary.BigEndian.AppendUint64(answer(codeOK), index), nil
+}
+
+// decline answers with an error, and says who leads if it is that this node
+// does not.
+func (r *router) decline(group uint64, replica Replica, err error) []byte {
+	c := codeOf(err)
+	if c != codeNotLeader {
+		return answer(c)
+	}
+	return answer(c, r.hint(group, replica)...)
 }
 
 func withMillis(ctx context.Context, ms uint32) (context.Context, context.CancelFunc) {

@@ -22,7 +22,6 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
@@ -36,15 +35,6 @@ import (
 type clientAlarm = clientv3.AlarmMember
 
 // reasonOf is the reason that kvd gave for an error.
-func reasonOf(err error) string {
-	for _, detail := range status.Convert(err).Details() {
-		if info, ok := detail.(*errdetails.ErrorInfo); ok && info.Domain == "kvd" {
-			return info.Reason
-		}
-	}
-	return ""
-}
-
 func wantUnsupported(t *testing.T, err error) {
 	t.Helper()
 	if status.Code(err) != codes.Unimplemented || reasonOf(err) != ReasonUnsupported || !strings.Contains(err.Error(), "not supported") {

@@ -41,6 +41,20 @@ func (s *kv) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse, 
 	if err := checkRange(r); err != nil {
 		return nil, err
 	}
+	read := s.rangeHere
+	if s.router.sharded {
+		read = s.rangeSharded
+	}
+	resp, err := read(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	s.router.fill(resp.Header)
+	return resp, nil
+}
+
+// rangeHere reads from this node's state, which has all keys.
+func (s *kv) rangeHere(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
 	state, release, err := s.router.acquire(ctx, userGroup, r.Serializable)
 	if err != nil {
 		return nil, err
@@ -52,7 +66,6 @@ func (s *kv) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse, 
 	if err != nil {
 		return nil, refusal(err)
 	}
-	s.router.fill(resp.Header)
 	return resp, nil
 }
 
@@ -62,6 +75,9 @@ func (s *kv) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse, 
 func (s *kv) RangeStream(r *pb.RangeRequest, stream grpc.ServerStreamingServer[pb.RangeStreamResponse]) error {
 	if err := checkRangeStream(r); err != nil {
 		return err
+	}
+	if s.router.sharded {
+		return s.streamSharded(r, stream)
 	}
 	ctx := stream.Context()
 	limit := r.Limit
@@ -170,7 +186,11 @@ func (s *kv) Put(ctx context.Context, r *pb.PutRequest) (*pb.PutResponse, error)
 	if err := checkPut(r); err != nil {
 		return nil, err
 	}
-	resp, err := propose[pb.PutResponse](ctx, s.router, &pb.InternalRaftRequest{Put: r}, true)
+	group, err := s.router.groupOf(r.Key)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := propose[pb.PutResponse](ctx, s.router, group, &pb.InternalRaftRequest{Put: r}, true)
 	if err != nil {
 		return nil, err
 	}
@@ -178,12 +198,12 @@ func (s *kv) Put(ctx context.Context, r *pb.PutRequest) (*pb.PutResponse, error)
 	return resp, nil
 }
 
-// DeleteRange deletes keys.
+// DeleteRange deletes keys. Those of several shards are not deleted at once.
 func (s *kv) DeleteRange(ctx context.Context, r *pb.DeleteRangeRequest) (*pb.DeleteRangeResponse, error) {
 	if err := checkDelete(r); err != nil {
 		return nil, err
 	}
-	resp, err := propose[pb.DeleteRangeResponse](ctx, s.router, &pb.InternalRaftRequest{DeleteRange: r}, false)
+	resp, err := s.deleteSharded(ctx, r)
 	if err != nil {
 		return nil, err
 	}
@@ -196,11 +216,15 @@ func (s *kv) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error)
 	if err := checkTxn(r, s.router.cfg.MaxTxnOps); err != nil {
 		return nil, err
 	}
+	group, err := s.router.groupOfTxn(r)
+	if err != nil {
+		return nil, err
+	}
 	run := s.writeTxn
 	if isReadOnly(r) {
 		run = s.readTxn
 	}
-	resp, err := run(ctx, r)
+	resp, err := run(ctx, group, r)
 	if err != nil {
 		return nil, err
 	}
@@ -208,11 +232,14 @@ func (s *kv) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error)
 	return resp, nil
 }
 
-func (s *kv) writeTxn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
-	return propose[pb.TxnResponse](ctx, s.router, &pb.InternalRaftRequest{Txn: r}, grows(r))
+func (s *kv) writeTxn(ctx context.Context, group uint64, r *pb.TxnRequest) (*pb.TxnResponse, error) {
+	return propose[pb.TxnResponse](ctx, s.router, group, &pb.InternalRaftRequest{Txn: r}, grows(r))
 }
 
-func (s *kv) readTxn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
+func (s *kv) readTxn(ctx context.Context, group uint64, r *pb.TxnRequest) (*pb.TxnResponse, error) {
+	if s.router.sharded {
+		return s.router.readTxnSharded(ctx, group, r)
+	}
 	state, release, err := s.router.acquire(ctx, userGroup, isSerializable(r))
 	if err != nil {
 		return nil, err
@@ -230,7 +257,11 @@ func (s *kv) readTxn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, er
 // Compact forgets what was overwritten before a revision. If physical, it
 // returns when this node has deleted it from its file.
 func (s *kv) Compact(ctx context.Context, r *pb.CompactionRequest) (*pb.CompactionResponse, error) {
-	resp, err := propose[pb.CompactionResponse](ctx, s.router, &pb.InternalRaftRequest{Compaction: r}, false)
+	compact := s.compactAlone
+	if s.router.sharded {
+		compact = s.compactSharded
+	}
+	resp, err := compact(ctx, r)
 	if err != nil {
 		return nil, err
 	}
@@ -243,10 +274,26 @@ func (s *kv) Compact(ctx context.Context, r *pb.CompactionRequest) (*pb.Compacti
 	return resp, nil
 }
 
+func (s *kv) compactAlone(ctx context.Context, r *pb.CompactionRequest) (*pb.CompactionResponse, error) {
+	return propose[pb.CompactionResponse](ctx, s.router, userGroup, &pb.InternalRaftRequest{Compaction: r}, false)
+}
+
 // awaitCompacted waits as long as the client does: deleting takes its time.
 func (s *kv) awaitCompacted(ctx context.Context, revision int64) error {
+	for _, group := range s.router.cfg.Groups.All() {
+		if s.router.sharded && s.router.cfg.Replica(group) == nil {
+			continue
+		}
+		if err := s.awaitGroupCompacted(ctx, group, revision); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *kv) awaitGroupCompacted(ctx context.Context, group uint64, revision int64) error {
 	// This node may be behind the one that applied the compaction.
-	state, release, err := s.router.acquire(ctx, userGroup, false)
+	state, release, err := s.router.acquire(ctx, group, false)
 	if err != nil {
 		return err
 	}
@@ -263,15 +310,14 @@ type message[T any] interface {
 	proto.Message
 }
 
-// propose replicates a request on the key space. request is marshalled here,
-// once.
-func propose[T any, P message[T]](ctx context.Context, r *router, request *pb.InternalRaftRequest, grows bool) (P, error) {
+// propose replicates a request on a group. request is marshalled here, once.
+func propose[T any, P message[T]](ctx context.Context, r *router, group uint64, request *pb.InternalRaftRequest, grows bool) (P, error) {
 	data, err := proto.Marshal(request)
 	if err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}
 	resp, err := r.propose(ctx, &write{
-		group:   userGroup,
+		group:   group,
 		request: fsm.Request{Space: fsm.User, Data: data},
 		grows:   grows,
 		answer:  func() proto.Message { return P(new(T)) },

@@ -12,7 +12,8 @@ type metrics struct {
 	collectors []prometheus.Collector
 
 	grpc                                      *grpcprom.ServerMetrics
-	forwardedWrites, readRounds, retries      prometheus.Counter
+	forwardedWrites, forwardedReads, cuts     prometheus.Counter
+	readRounds, retries                       prometheus.Counter
 	serializable, shed, unknown, panics, slow prometheus.Counter
 	snapshotBytes, httpHealthy, httpFailed    prometheus.Counter
 }
@@ -25,6 +26,8 @@ func newMetrics(registerer prometheus.Registerer) (*metrics, error) {
 		return c
 	}
 	m.forwardedWrites = counter("forwarded_writes_total", "Writes sent to the leader's node, retries included.")
+	m.forwardedReads = counter("forwarded_reads_total", "Pages of ranges, and transactions that read, asked of other nodes.")
+	m.cuts = counter("snapshot_rounds_total", "Revisions at which all shards were asked to be complete; each serves all reads that waited for it.")
 	m.readRounds = counter("read_rounds_total", "Read indexes asked of the leader's node; each serves all reads that waited for it.")
 	m.retries = counter("retries_total", "Attempts repeated because the leader was unknown, not reached or had changed.")
 	m.serializable = counter("serializable_reads_total", "Reads answered from the local state, however old.")

@@ -20,8 +20,12 @@ import (
 type router struct {
 	cfg     *Config
 	metrics *metrics
+	sharded bool
 	pending atomic.Int64 // bytes of writes under way
 	answers answers
+	leaders leaders
+	cuts    cuts
+	gating  chan struct{} // one per call of other nodes that waits for gates
 
 	ctx    context.Context // ends when the router closes
 	cancel context.CancelFunc
@@ -48,7 +52,9 @@ var (
 )
 
 func newRouter(cfg *Config, m *metrics) *router {
-	r := &router{cfg: cfg, metrics: m, reads: make(map[uint64]*rounds), answers: answers{max: cfg.MaxAnswerBytes}}
+	r := &router{cfg: cfg, metrics: m, sharded: cfg.Groups.Sharded(), reads: make(map[uint64]*rounds), answers: answers{max: cfg.MaxAnswerBytes}}
+	r.cuts.router = r
+	r.gating = make(chan struct{}, maxGateCalls)
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r
 }
@@ -86,41 +92,35 @@ func (r *router) propose(ctx context.Context, w *write) (proto.Message, error) {
 
 	ctx, cancel := r.withDeadline(ctx)
 	defer cancel()
-	for attempt := 0; ; attempt++ {
-		replica := r.cfg.Replica(w.group)
-		if replica == nil {
+	for a := (attempts{router: r}); ; {
+		to := r.target(w.group, a.n)
+		if to.replica == nil && !r.sharded {
 			return nil, notJoined()
 		}
-		changed := replica.LeaderChanged() // before looking who leads
-		result, err := r.proposeOnce(ctx, replica, w)
+		result, err := r.proposeOnce(ctx, to, w)
 		if err == nil && result.Err == nil {
 			return result.Response, nil
 		}
 		if err == nil {
 			return nil, refusal(result.Err)
 		}
-		if !r.mayRetry(err) {
+		if !r.mayRetry(err) || !a.again(ctx, to.changed, err) {
 			return nil, r.writeStatus(ctx, err)
 		}
-		if !r.wait(ctx, changed, attempt) {
-			return nil, r.writeStatus(ctx, err)
-		}
-		r.metrics.retries.Inc()
 	}
 }
 
 // proposeOnce makes one attempt on whoever is thought to lead. Its errors are
 // those of shard.Replica.Propose, wherever it was called.
-func (r *router) proposeOnce(ctx context.Context, replica Replica, w *write) (fsm.Result, error) {
-	leader := replica.Leader()
+func (r *router) proposeOnce(ctx context.Context, to target, w *write) (fsm.Result, error) {
 	switch {
-	case leader.Self || leader.Node == r.cfg.Node:
-		return r.proposeHere(ctx, replica, w.request, w.grows)
-	case leader.Node == "":
+	case to.here:
+		return r.proposeHere(ctx, to.replica, w.request, w.grows)
+	case to.node == "":
 		return fsm.Result{}, errNoLeader
 	}
 	r.metrics.forwardedWrites.Inc()
-	return r.proposeThere(ctx, leader.Node, w)
+	return r.proposeThere(ctx, to.node, w)
 }
 
 func (r *router) proposeHere(ctx context.Context, replica Replica, request fsm.Request, grows bool) (fsm.Result, error) {
@@ -197,31 +197,53 @@ func (r *router) acquire(ctx context.Context, group uint64, serializable bool) (
 	return state, release, nil
 }
 
+// pinHere is acquire for a read that another node can answer too, if this one
+// cannot do so soon.
+func (r *router) pinHere(ctx context.Context, group uint64, serializable bool) (*fsm.Store, func(), error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	to := r.target(group, 0)
+	if to.replica == nil {
+		return nil, nil, errNoReplica
+	}
+	var index uint64
+	var err error
+	switch {
+	case serializable:
+		r.metrics.serializable.Inc()
+	case to.here:
+		index, err = to.replica.ReadIndex(ctx)
+	default:
+		index, err = r.roundsOf(group).join(ctx)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return to.replica.AcquireState(ctx, index)
+}
+
 // readIndex returns an index that covers every write acknowledged before the
 // call. Reads change nothing, so every failure is tried again.
 func (r *router) readIndex(ctx context.Context, group uint64) (uint64, error) {
-	for attempt := 0; ; attempt++ {
-		replica := r.cfg.Replica(group)
-		if replica == nil {
+	for a := (attempts{router: r}); ; {
+		to := r.target(group, a.n)
+		if to.replica == nil {
 			return 0, notJoined()
 		}
-		changed := replica.LeaderChanged() // before looking who leads
-		leader := replica.Leader()
 		var index uint64
 		err := errNoLeader
 		switch {
-		case leader.Self || leader.Node == r.cfg.Node:
-			index, err = replica.ReadIndex(ctx) // gathers its own rounds
-		case leader.Node != "":
+		case to.here:
+			index, err = to.replica.ReadIndex(ctx) // gathers its own rounds
+		case to.node != "":
 			index, err = r.roundsOf(group).join(ctx)
 		}
 		if err == nil {
 			return index, nil
 		}
-		if errors.Is(err, shard.ErrClosed) || !r.wait(ctx, changed, attempt) {
+		if errors.Is(err, shard.ErrClosed) || !a.again(ctx, to.changed, err) {
 			return 0, r.readStatus(ctx, err)
 		}
-		r.metrics.retries.Inc()
 	}
 }
 

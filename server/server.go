@@ -124,6 +124,7 @@ type Config struct {
 // faults are planted by tests to prove that the tests see them.
 type faults struct {
 	joinSentRound bool // a read joins a round whose request has already been sent
+	joinBegunCut  bool // a read joins a cut whose revision has already been asked for
 	retryUnknown  bool // a write of unknown outcome is proposed again
 }
 

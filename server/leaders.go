@@ -1,0 +1,172 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"kvd/shard"
+)
+
+// leaders remembers the nodes that lead groups of which this node has no
+// replica to ask. What it says may be old: whoever is asked knows better.
+type leaders struct {
+	mu    sync.Mutex
+	nodes map[uint64]string
+}
+
+func (l *leaders) get(group uint64) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.nodes[group]
+}
+
+func (l *leaders) learn(group uint64, node string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.nodes == nil {
+		l.nodes = make(map[uint64]string)
+	}
+	l.nodes[group] = node
+}
+
+// forget does nothing if another node has been learnt of meanwhile.
+func (l *leaders) forget(group uint64, node string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.nodes[group] == node {
+		delete(l.nodes, group)
+	}
+}
+
+// target is where an attempt of a request goes.
+type target struct {
+	node    string          // thought to lead; "" = nobody is
+	here    bool            // it is this node
+	replica Replica         // this node's; nil = none
+	changed <-chan struct{} // closed when replica hears of another leader; nil without one
+}
+
+// target finds the leader of a group: this node's replica knows it best, then
+// what other nodes have said; without either, those that have the data are
+// asked in turn.
+func (r *router) target(group uint64, attempt int) target {
+	t := target{replica: r.cfg.Replica(group)}
+	if t.replica != nil {
+		t.changed = t.replica.LeaderChanged() // before looking who leads
+		leader := t.replica.Leader()
+		t.node = leader.Node
+		t.here = leader.Self || leader.Node == r.cfg.Node
+	}
+	if t.node == "" && !t.here && r.sharded {
+		t.node = r.guess(group, attempt)
+	}
+	return t
+}
+
+// guess names another node.
+func (r *router) guess(group uint64, attempt int) string {
+	if node := r.leaders.get(group); node != "" {
+		return node
+	}
+	return r.dataNode(group, attempt)
+}
+
+// dataNode is the attempt-th of the other nodes that have data of the group.
+func (r *router) dataNode(group uint64, attempt int) string {
+	nodes := r.cfg.Groups.Nodes(group)
+	for i := range nodes {
+		if node := nodes[(attempt+i)%len(nodes)]; node != r.cfg.Node {
+			return node
+		}
+	}
+	return ""
+}
+
+// movedError is ErrNotLeader of a node that knows, or thinks to know, a leader.
+type movedError struct{ node string }
+
+func (e *movedError) Error() string { return fmt.Sprintf("%v: node %s is", shard.ErrNotLeader, e.node) }
+
+func (e *movedError) Unwrap() error { return shard.ErrNotLeader }
+
+// maxNodeName is how long a node's name may be.
+const maxNodeName = 63
+
+// ask calls a node that is thought to lead the group, and remembers what comes
+// of it.
+func (r *router) ask(ctx context.Context, group uint64, node, method string, payload []byte) (code, []byte, error) {
+	c, body, err := r.call(ctx, node, method, payload)
+	switch {
+	case !r.sharded:
+	case err != nil && !errors.Is(ctx.Err(), context.Canceled), c == codeNotLeader, c == codeMalformed:
+		r.leaders.forget(group, node)
+	case err == nil:
+		r.leaders.learn(group, node)
+	}
+	if err == nil && c == codeNotLeader {
+		return c, nil, r.moved(group, node, string(body))
+	}
+	return c, body, err
+}
+
+// askAnyone calls a node that need not lead.
+func (r *router) askAnyone(ctx context.Context, _ uint64, node, method string, payload []byte) (code, []byte, error) {
+	return r.call(ctx, node, method, payload)
+}
+
+// moved takes a hint by the node that does not lead.
+func (r *router) moved(group uint64, node, hint string) error {
+	if !r.sharded || hint == "" || len(hint) > maxNodeName || hint == node || hint == r.cfg.Node {
+		return shard.ErrNotLeader
+	}
+	r.leaders.learn(group, hint)
+	return &movedError{hint}
+}
+
+// hint is who leads the group as far as this node knows; empty in answers to
+// nodes that all have replicas of their own.
+func (r *router) hint(group uint64, replica Replica) []byte {
+	if !r.sharded {
+		return nil
+	}
+	node := ""
+	if replica != nil {
+		node = replica.Leader().Node
+	}
+	if node == "" {
+		node = r.leaders.get(group)
+	}
+	return []byte(node[:min(len(node), maxNodeName)])
+}
+
+// attempts paces the attempts of one request.
+type attempts struct {
+	router *router
+	n      int  // the present one, from 0
+	led    bool // it went where the one before was told to go
+}
+
+// again reports when it is time for another attempt after one that failed with
+// err; false when ctx is done or the router closed. A first hint is followed at
+// once: the nodes may send a request in circles while they elect.
+func (a *attempts) again(ctx context.Context, changed <-chan struct{}, err error) bool {
+	var moved *movedError
+	a.led = !a.led && errors.As(err, &moved)
+	n := a.n
+	a.n++
+	if !a.led && !a.router.wait(ctx, changed, n) || ctx.Err() != nil {
+		return false
+	}
+	a.router.metrics.retries.Inc()
+	return true
+}
+
+// attemptTimeout bounds an attempt that may be repeated elsewhere, so that a
+// node that neither answers nor disconnects does not use up the request's time.
+// It grows, for what takes long everywhere.
+func (a *attempts) attemptTimeout() time.Duration { return minAttempt << min(a.n, 10) }
+
+const minAttempt = time.Second
