@@ -13,6 +13,7 @@ import (
 
 	"kvd/node/bootstrap"
 	"kvd/placement"
+	"kvd/placement/sequencer"
 	"kvd/ring"
 	"kvd/shard"
 	"kvd/transport"
@@ -91,6 +92,8 @@ type Config struct {
 	OpenLog OpenLogFunc
 	NoSync  bool
 	Faults  shard.Faults
+	// SequencerFaults are planted by tests, as Faults are.
+	SequencerFaults sequencer.Faults
 }
 
 func setDefault[T comparable](field *T, value T) {

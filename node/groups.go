@@ -100,9 +100,12 @@ func newGroups(n *Node) *groups {
 }
 
 // dirOf is the directory of a replica.
-func (g *groups) dirOf(r placement.ReplicaRef) string {
+func (g *groups) dirOf(r placement.ReplicaRef) string { return replicaDir(g.n.cfg.DataDir, r) }
+
+// replicaDir is the directory of a shard's replica in a data directory.
+func replicaDir(dataDir string, r placement.ReplicaRef) string {
 	_, number, _ := strings.Cut(string(r.ID), "/")
-	return filepath.Join(g.n.cfg.DataDir, "groups", strconv.FormatUint(r.Group, 10), number)
+	return filepath.Join(dataDir, "groups", strconv.FormatUint(r.Group, 10), number)
 }
 
 // scan finds the directories that an earlier life of this node has left.
@@ -229,6 +232,7 @@ func each(all []placement.ReplicaRef, f func(placement.ReplicaRef) error) error 
 // rebuilt under another id.
 func (g *groups) openOne(r placement.ReplicaRef, s placement.Shard) error {
 	cfg := g.n.replicaConfig(r.Group, r.ID, g.dirOf(r))
+	cfg.Sequencer = g.n.sequences
 	if slices.Contains(s.Founders, r.ID) {
 		cfg.Bootstrap = &raft.Configuration{}
 		for _, id := range s.Founders {

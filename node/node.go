@@ -25,6 +25,7 @@ import (
 	"kvd/fsm"
 	"kvd/node/bootstrap"
 	"kvd/placement"
+	"kvd/placement/sequencer"
 	"kvd/server"
 	"kvd/server/kvdpb"
 	"kvd/shard"
@@ -50,6 +51,8 @@ type Node struct {
 	member     bootstrap.Outcome // zero until this node is a member
 	replica    *shard.Replica    // of group 0; nil until this node is a member
 	reconciler *placement.Reconciler
+	sequencer  *sequencer.Server // nil in `full`
+	sequences  *sequencer.Client // its client here
 
 	ready   chan struct{}
 	cancel  context.CancelFunc
@@ -112,6 +115,7 @@ func (n *Node) start(ctx, background context.Context) error {
 	}
 	n.reconcile()
 	if n.cfg.Strategy == StrategyConsistent {
+		n.sequence()
 		if err := n.groups.scan(); err != nil {
 			return errors.Join(err, listeners.close())
 		}
@@ -154,6 +158,7 @@ func (n *Node) connect(l *listeners) error {
 		Peers:        n.transport,
 		NotDelivered: notDelivered,
 		Groups:       keyspace{n.cfg.Shards, n.groups},
+		Revisions:    revisions{n},
 		Members:      membership{n},
 		Services:     func(s grpc.ServiceRegistrar) { kvdpb.RegisterAdminServer(s, newAdmin(n)) },
 		TempDir:      n.cfg.DataDir,
@@ -171,6 +176,7 @@ func (n *Node) connect(l *listeners) error {
 	}
 	n.warnOpenPeers()
 	n.handleAdministration()
+	n.handleSequencer()
 	for method, handle := range n.server.Handlers() {
 		n.transport.Handle(method, func(ctx context.Context, from transport.Peer, payload []byte) ([]byte, error) {
 			return handle(ctx, from.Node, payload)
@@ -427,6 +433,7 @@ func (n *Node) stop() error {
 		r.Close()
 	}
 	errs = append(errs, n.groups.close())
+	n.stopSequence()
 	if replica := n.Replica(); replica != nil {
 		errs = append(errs, replica.Close())
 	}
