@@ -60,21 +60,18 @@ func (p *printer) explain(s placement.ShardOverview, config placement.ClusterCon
 
 // replicaRows has a row of each replica, and of each that is only wanted.
 func replicaRows(s placement.ShardOverview) (rows [][]string) {
-	missing := slices.Clone(s.Target)
 	for _, r := range s.Replicas {
-		state, behind, wanted := r.State, "-", "no"
+		state, lacks := r.State, "-"
 		if state == replicaVoter && r.Node == s.Leader && r.Role == placement.Data {
 			state = "leader"
 		}
-		if r.Match > 0 && r.Commit > 0 {
-			behind = fmt.Sprint(r.Commit - min(r.Match, r.Commit))
+		if entries, known := behind(r); known {
+			lacks = fmt.Sprint(entries)
 		}
-		if i := slices.Index(missing, placement.TargetReplica{Node: r.Node, Role: r.Role}); i >= 0 {
-			wanted, missing = "yes", slices.Delete(missing, i, i+1)
-		}
-		rows = append(rows, []string{r.Node, string(r.ID), string(r.Role), state, yesNo(r.Alive), behind, wanted})
+		wanted := r.State != replicaLost && slices.Contains(s.Target, placement.TargetReplica{Node: r.Node, Role: r.Role})
+		rows = append(rows, []string{r.Node, string(r.ID), string(r.Role), state, yesNo(r.Alive), lacks, yesNo(wanted)})
 	}
-	for _, t := range missing {
+	for _, t := range unmade(s) {
 		rows = append(rows, []string{t.Node, "-", string(t.Role), "-", "-", "-", "yes"})
 	}
 	return rows

@@ -121,9 +121,11 @@ func (f *fakeServer) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeRe
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	resp := &pb.RangeResponse{Header: f.header()}
-	if value, ok := f.pairs[string(r.GetKey())]; ok {
-		resp.Count = 1
-		resp.Kvs = []*mvccpb.KeyValue{{Key: r.GetKey(), Value: []byte(value), CreateRevision: 2, ModRevision: 5, Version: 3}}
+	for key, value := range f.pairs {
+		if k := []byte(key); bytes.Equal(k, r.GetKey()) || bytes.Compare(r.GetKey(), k) <= 0 && bytes.Compare(k, r.GetRangeEnd()) < 0 {
+			resp.Count++
+			resp.Kvs = append(resp.Kvs, &mvccpb.KeyValue{Key: k, Value: []byte(value), CreateRevision: 2, ModRevision: 5, Version: 3})
+		}
 	}
 	return resp, nil
 }

@@ -161,7 +161,7 @@ func (o *clientOptions) awaitLeft(ctx context.Context, p *printer, name string, 
 			return nil
 		}
 		if waits != said && p.format == formatSimple {
-			fmt.Fprintf(p.out, "%s is leaving: %s\n", name, waits)
+			fmt.Fprintln(p.out, waits)
 		}
 		said = waits
 		select {
@@ -175,7 +175,7 @@ func (o *clientOptions) awaitLeft(ctx context.Context, p *printer, name string, 
 func leaving(view placement.Overview, name string) (waits string, here bool) {
 	for _, n := range view.Nodes {
 		if n.Name == name {
-			return cmp.Or(n.Waits, "about to be done"), true
+			return cmp.Or(n.Waits, name+" is leaving"), true
 		}
 	}
 	return "", false

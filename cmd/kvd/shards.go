@@ -21,6 +21,7 @@ const (
 	replicaVoter    = "voter"
 	replicaRemoving = "removing"
 	replicaLost     = "lost"
+	replicaUnknown  = "unknown"
 )
 
 // noShards is what there is to say about the shards of a cluster that has none.
@@ -38,8 +39,8 @@ before a shard stops (SURVIVES). States of a shard:
   degraded   fewer live copies than wanted
   no leader  an election is under way, or no node that could lead is reached
   no quorum  too many of its nodes are down: it stands still until they are back
-What is said of a node: joining (catching up, without a vote yet), leaving (its copy is about to go), down, lost (the
-copy will not come back).
+What is said of a node: wanted (it is to get a copy), joining (its copy catches up and has no vote yet; it lacks as many
+log entries as it is behind), leaving (its copy is to go), down, lost (its copy will not come back).
 
 kvd locate KEY finds the shard of a key, kvd explain SHARD says why a shard is where it is.`,
 		Args: cobra.NoArgs,
@@ -103,33 +104,64 @@ func survives(s placement.ShardOverview) string {
 	return fmt.Sprint(s.Tolerates)
 }
 
-// holders names the nodes that have replicas of a role, and says what is unusual about each.
+// holders names the nodes that have replicas of a role or are to get one, and says what is unusual about each.
 func holders(s placement.ShardOverview, role placement.Role) string {
 	var list []string
 	for _, r := range s.Replicas {
 		if r.Role != role {
 			continue
 		}
-		var marks []string
-		switch r.State {
-		case replicaVoter:
-		case replicaCreating, replicaLearner:
-			marks = append(marks, "joining")
-		case replicaRemoving:
-			marks = append(marks, "leaving")
-		default:
-			marks = append(marks, r.State)
-		}
-		if !r.Alive && r.State != replicaLost && r.State != replicaCreating {
-			marks = append(marks, "down")
-		}
-		if len(marks) > 0 {
+		if marks := unusual(r); len(marks) > 0 {
 			list = append(list, r.Node+"("+strings.Join(marks, ",")+")")
 		} else {
 			list = append(list, r.Node)
 		}
 	}
+	for _, t := range unmade(s) {
+		if t.Role == role {
+			list = append(list, t.Node+"(wanted)")
+		}
+	}
 	return orDash(strings.Join(list, " "))
+}
+
+// unusual says what a replica is besides a live voter.
+func unusual(r placement.ReplicaOverview) (marks []string) {
+	switch r.State {
+	case replicaVoter, replicaUnknown:
+	case replicaCreating:
+		return []string{"joining"}
+	case replicaLearner:
+		marks = []string{"joining"}
+		if behind, known := behind(r); known && behind > 0 {
+			marks = append(marks, fmt.Sprint(behind, " behind"))
+		}
+	case replicaRemoving:
+		marks = []string{"leaving"}
+	default:
+		return []string{r.State}
+	}
+	if !r.Alive {
+		marks = append(marks, "down")
+	}
+	return marks
+}
+
+// behind is how many log entries a replica lacks.
+func behind(r placement.ReplicaOverview) (entries uint64, known bool) {
+	return r.Commit - min(r.Match, r.Commit), r.Match > 0 && r.Commit > 0
+}
+
+// unmade are the replicas that are wanted and have not been made yet.
+func unmade(s placement.ShardOverview) (missing []placement.TargetReplica) {
+	for _, t := range s.Target {
+		if !slices.ContainsFunc(s.Replicas, func(r placement.ReplicaOverview) bool {
+			return r.Node == t.Node && r.Role == t.Role && r.State != replicaLost
+		}) {
+			missing = append(missing, t)
+		}
+	}
+	return missing
 }
 
 // summary says in a line how the shards of a view are.

@@ -25,7 +25,7 @@ func testView() *kvdpb.ShardsResponse {
 		Nodes: []*kvdpb.Node{
 			{Name: "n1", State: "alive", Weight: 1, Shards: 3, Leaders: 2, DiskFree: 5_000_000_000},
 			{Name: "n2", State: "suspect", Weight: 0.5, Shards: 1},
-			{Name: "n3", State: "down", Weight: 1, Shards: 1, Waits: "1 shard has no other copy yet"},
+			{Name: "n3", State: "down", Weight: 1, Shards: 1, Waits: "n3 still has replicas of 1 shards: 1"},
 		},
 		Shards: []*kvdpb.Shard{
 			{
@@ -38,7 +38,7 @@ func testView() *kvdpb.ShardsResponse {
 				Target:   []*kvdpb.TargetReplica{{Node: "n1", Role: "data"}, {Node: "n2", Role: "data"}, {Node: "n4", Role: "witness"}},
 				Why:      []string{"n3 is down since 40 s: its copy is made on n2.", "Nothing needs to be done."},
 			},
-			{Number: 2, State: "no quorum", Replicas: []*kvdpb.Replica{{Id: "n5/9", Node: "n5", Role: "data", State: "lost"}, {Id: "n6/8", Node: "n6", Role: "data", State: "removing"}}},
+			{Number: 2, State: "no quorum", Replicas: []*kvdpb.Replica{{Id: "n5/9", Node: "n5", Role: "data", State: "lost"}, {Id: "n6/8", Node: "n6", Role: "data", State: "removing"}, {Id: "n7/8", Node: "n7", Role: "data", State: "unknown", Alive: true}, {Id: "n8/8", Node: "n8", Role: "data", State: "unknown"}}},
 		},
 	}
 }
@@ -61,19 +61,19 @@ func wantOutput(t *testing.T, code int, want string, args ...string) {
 func TestShards(t *testing.T) {
 	f := fakeWithShards(t, testView())
 	wantOutput(t, exitOK, `
-SHARD  STATE      LEADER  DATA                       WITNESSES  SURVIVES
-0      ok         n1      n1 n2                      n4         1
-1      moving     n1      n1 n3(down) n2(joining)    -          0
-2      no quorum  -       n5(lost) n6(leaving,down)  -          -
+SHARD  STATE      LEADER  DATA                                   WITNESSES   SURVIVES
+0      ok         n1      n1 n2                                  n4          1
+1      moving     n1      n1 n3(down) n2(joining,5 behind)       n4(wanted)  0
+2      no quorum  -       n5(lost) n6(leaving,down) n7 n8(down)  -           -
 
 3 shards with 2 copies of each key: 1 ok, 1 moving, 1 no quorum. Keys of 1 shard cannot be read or written now
 `, "shards", "--endpoints", f.addr)
 	wantOutput(t, exitOK, `
-┌───────┬────────┬────────┬─────────────────────────┬───────────┬──────────┐
-│ SHARD │ STATE  │ LEADER │ DATA                    │ WITNESSES │ SURVIVES │
-├───────┼────────┼────────┼─────────────────────────┼───────────┼──────────┤
-│ 1     │ moving │ n1     │ n1 n3(down) n2(joining) │ -         │ 0        │
-└───────┴────────┴────────┴─────────────────────────┴───────────┴──────────┘
+┌───────┬────────┬────────┬──────────────────────────────────┬────────────┬──────────┐
+│ SHARD │ STATE  │ LEADER │ DATA                             │ WITNESSES  │ SURVIVES │
+├───────┼────────┼────────┼──────────────────────────────────┼────────────┼──────────┤
+│ 1     │ moving │ n1     │ n1 n3(down) n2(joining,5 behind) │ n4(wanted) │ 0        │
+└───────┴────────┴────────┴──────────────────────────────────┴────────────┴──────────┘
 `, "shards", "-w", "table", "--endpoints", fakeWithShards(t, onlyShard(testView(), 1)).addr)
 	wantOutput(t, exitOK, `
 {"config":{"strategy":"consistent","shards":3,"replication_factor":2,"witnesses":"auto"},"nodes":[{"name":"n1","state":"alive","weight":1,"shards":0,"leaders":0,"disk_free":0}],"shards":[{"number":0,"leader":"n1","state":"ok","replicas":[{"id":"n1/1","node":"n1","role":"data","state":"voter","alive":true,"match":20,"commit":20}],"target":[],"tolerates":1,"why":[]}]}
@@ -135,6 +135,8 @@ shard 2 of 3 (group 3): no quorum
 ├──────┼─────────┼──────┼──────────┼───────┼────────┼────────┤
 │ n5   │ n5/9    │ data │ lost     │ no    │ -      │ no     │
 │ n6   │ n6/8    │ data │ removing │ no    │ -      │ no     │
+│ n7   │ n7/8    │ data │ unknown  │ yes   │ -      │ no     │
+│ n8   │ n8/8    │ data │ unknown  │ no    │ -      │ no     │
 └──────┴─────────┴──────┴──────────┴───────┴────────┴────────┘
 `, "explain", "2", "-w", "table", "--endpoints", f.addr)
 	if _, out, _ := kvd(t, "", "explain", "1", "-w", "json", "--endpoints", f.addr); !strings.HasPrefix(out, `{"number":1,"leader":"n1","state":"moving"`) || !strings.Contains(out, `"why":["n3 is down`) {
@@ -154,8 +156,8 @@ hashed by  user
 shard      1 of 3 (group 2)
 state      moving
 leader     n1
-data       n1 n3(down) n2(joining)
-witnesses  -
+data       n1 n3(down) n2(joining,5 behind)
+witnesses  n4(wanted)
 `, "locate", "{user}", "--endpoints", f.addr)
 	if _, out, _ := kvd(t, "", "locate", "k", "-w", "table", "--endpoints", f.addr); !strings.Contains(out, "│ hashed by │ the whole key") {
 		t.Errorf("a key without a tag: %s", out)
@@ -179,7 +181,7 @@ NODE  ENDPOINT         ROLE    STATE  SHARDS  LEADS  WEIGHT  REVISION  DB SIZE  
 n1    127.0.0.1:PORTS  leader  alive  3       2      1       7         20 kB    5.0 GB     ok
 
 2 shards with 2 copies of each key: 1 ok, 1 moving. One more node failure stops some of them.
-n3 is leaving: 1 shard has no other copy yet
+n3 still has replicas of 1 shards: 1.
 `, "127.0.0.1:PORTS", f.addr), "status", "--endpoints", f.addr)
 	if _, out, _ := kvd(t, "", "status", "-w", "json", "--endpoints", f.addr); !strings.Contains(out, `"Node":{"name":"n1","state":"alive","weight":1,"shards":3,"leaders":2,"disk_free":5000000000}`) {
 		t.Errorf("status -w json printed %s", out)
@@ -196,11 +198,11 @@ n3 is leaving: 1 shard has no other copy yet
 
 func TestMemberRemove(t *testing.T) {
 	waiting, other, gone := testView(), testView(), testView()
-	waiting.Nodes[1].Waits, other.Nodes[1].Waits = "1 shard has no other copy yet", "for the end"
+	waiting.Nodes[1].Waits, other.Nodes[1].Waits = "n2 still has replicas", ""
 	gone.Nodes = gone.Nodes[:1]
 	f := fakeWithShards(t, waiting, waiting, other, gone)
 	code, out, errOut := kvd(t, "", "member", "remove", "n2", "--force", "--endpoints", f.addr)
-	if code != exitOK || !strings.HasPrefix(out, "n2 is leaving: 1 shard has no other copy yet\nn2 is leaving: for the end\nn2 has left the cluster after ") ||
+	if code != exitOK || !strings.HasPrefix(out, "n2 still has replicas\nn2 is leaving\nn2 has left the cluster after ") ||
 		!strings.HasSuffix(out, ": stop its process and delete its directory\n") {
 		t.Errorf("exit code %d, %s, printed %s", code, errOut, out)
 	}

@@ -117,7 +117,7 @@ func (s *shardedStatus) lines() (lines []string) {
 	}
 	for _, n := range s.view.Nodes {
 		if n.Waits != "" {
-			lines = append(lines, n.Name+" is leaving: "+n.Waits)
+			lines = append(lines, n.Waits+".")
 		}
 	}
 	return lines
