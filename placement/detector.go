@@ -163,13 +163,6 @@ func (o *observations) silence(m Member, now time.Time) time.Duration {
 	return now.Sub(maxTime(n.heard, n.since))
 }
 
-// inTerm is the term of the observations.
-func (o *observations) inTerm() uint64 {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.term
-}
-
 // latest is a member's latest whole report, without its groups; false if there
 // is none.
 func (o *observations) latest(m Member) (Report, bool) {

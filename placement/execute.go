@@ -50,8 +50,11 @@ func (r *Reconciler) Handle(ctx context.Context, method, from string, payload []
 	switch method {
 	case MethodReport:
 		var report Report
-		if err = json.Unmarshal(payload, &report); err != nil || report.Node != from {
+		if err = json.Unmarshal(payload, &report); err != nil {
 			return nil, fmt.Errorf("placement: malformed report of %s: %w", from, err)
+		}
+		if report.Node != from {
+			return nil, fmt.Errorf("placement: %s reports as %q", from, report.Node)
 		}
 		answer, err = r.accept(report)
 	case MethodStep:
@@ -214,35 +217,51 @@ func (r *Reconciler) forgetProgress() {
 
 // startSteps plans, writes new replicas to the map and begins the other steps.
 // It reports whether the map has changed.
-func (r *Reconciler) startSteps(ctx context.Context, view ClusterView, now time.Time) (changed bool, err error) {
+func (r *Reconciler) startSteps(ctx context.Context, term uint64, view ClusterView, now time.Time) (changed bool, err error) {
 	var creates []ShardStep
 	for _, step := range PlanShards(view) {
 		switch leader := view.Groups[step.Group].Leader; {
-		case step.Action == Create:
+		case step.Action == Create && !r.busy(step.Group):
 			creates = append(creates, step)
-		case leader != nil:
+		case step.Action != Create && leader != nil:
+			request := stepRequest{Term: term, Step: step}
 			r.start(step.Group, now, func(ctx context.Context) error {
-				return r.request(ctx, &view.Map, shard.NodeOf(leader.Replica), step)
+				return r.request(ctx, &view.Map, shard.NodeOf(leader.Replica), request)
 			})
 		}
 	}
-	if c := view.Map.create(creates); c != nil {
-		for _, step := range creates {
-			r.log(step)
-		}
-		return true, r.commit(ctx, c)
+	c := view.Map.create(creates)
+	if c == nil {
+		return false, nil
 	}
-	return false, nil
+	if err := r.commit(ctx, c); err != nil {
+		return true, err
+	}
+	for _, step := range creates {
+		r.took(step)
+	}
+	return true, nil
 }
 
-func (r *Reconciler) log(step ShardStep) {
-	r.cfg.Logger.Info("changing a shard's replicas", "step", string(step.Action), "group", step.Group, "replica", string(step.Replica), "node", step.Node, "role", string(step.Role), "why", step.Why)
+// busy reports whether a step of the group is under way.
+func (r *Reconciler) busy(group uint64) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	p := r.groups[group]
+	return p != nil && p.busy
+}
+
+// took is told of every step of a shard that has taken effect.
+func (r *Reconciler) took(step ShardStep) {
+	r.cfg.Logger.Info("changed a shard's replicas", "step", string(step.Action), "group", step.Group, "replica", string(step.Replica), "node", step.Node, "role", string(step.Role), "why", step.Why)
+	if r.cfg.stepped != nil {
+		r.cfg.stepped(step)
+	}
 }
 
 // request has the group's leader carry out a step, and takes in what it reports
 // after it.
-func (r *Reconciler) request(ctx context.Context, m *Map, node string, step ShardStep) error {
-	request := stepRequest{Term: r.seen.inTerm(), Step: step}
+func (r *Reconciler) request(ctx context.Context, m *Map, node string, request stepRequest) error {
 	var report Report
 	var err error
 	if node == r.cfg.Node {
@@ -253,14 +272,18 @@ func (r *Reconciler) request(ctx context.Context, m *Map, node string, step Shar
 	if err != nil {
 		return err
 	}
-	r.log(step)
+	step := request.Step
 	r.seen.accept(report, false, time.Now())
-	if step.Action != Forget {
-		return nil
+	if step.Action == Forget {
+		c := m.forget(ReplicaRef{step.Group, step.Replica})
+		if c == nil {
+			return nil
+		}
+		if err := r.commit(ctx, c); err != nil {
+			return err
+		}
 	}
-	if c := m.forget(ReplicaRef{step.Group, step.Replica}); c != nil {
-		return r.commit(ctx, c)
-	}
+	r.took(step)
 	return nil
 }
 

@@ -41,6 +41,9 @@ type Config struct {
 	Host         Host          // nil: no shards on this node
 	Peers        Peers         // nil: a node alone
 	Logger       *slog.Logger
+
+	// stepped is called after every step of a shard, by tests.
+	stepped func(ShardStep)
 }
 
 func (c *Config) setDefaults() {
@@ -121,14 +124,17 @@ func (r *Reconciler) wakeUp() {
 	}
 }
 
-// leastPause keeps a burst of reports from making as many plans.
-const leastPause = 2 * time.Millisecond
+// A burst of reports does not make as many plans: after each look the loop
+// rests, for longer the longer the look has taken.
+const leastPause, mostPause = 2 * time.Millisecond, 250 * time.Millisecond
 
 func (r *Reconciler) run(ctx context.Context) {
 	said := ""
 	for ctx.Err() == nil {
 		changed := r.cfg.Replica.LeaderChanged() // before looking
+		start := time.Now()
 		wait, err := r.look(ctx)
+		rest := min(max(leastPause, 4*time.Since(start)), mostPause)
 		switch {
 		case err == nil:
 			said = ""
@@ -136,8 +142,8 @@ func (r *Reconciler) run(ctx context.Context) {
 			said = err.Error()
 			r.cfg.Logger.Warn("the cluster's placement could not be looked at or changed", "error", err)
 		}
-		pause(ctx, min(wait, leastPause), nil, nil)
-		pause(ctx, wait-leastPause, r.wake, changed)
+		pause(ctx, rest, nil, nil)
+		pause(ctx, wait-rest, r.wake, changed)
 	}
 }
 
@@ -159,7 +165,8 @@ const again = leastPause
 // look does what can be done now and returns when to look again at the latest.
 func (r *Reconciler) look(ctx context.Context) (wait time.Duration, err error) {
 	wait = r.cfg.Every
-	if !r.observing() {
+	term, leads := r.observing()
+	if !leads {
 		r.forgetProgress()
 		return wait, nil
 	}
@@ -188,7 +195,7 @@ func (r *Reconciler) look(ctx context.Context) (wait time.Duration, err error) {
 	if err != nil {
 		return wait, err
 	}
-	if changed, err := r.startSteps(ctx, view, now); changed || err != nil {
+	if changed, err := r.startSteps(ctx, term, view, now); changed || err != nil {
 		return min(wait, again), err
 	}
 	r.probe(ctx, view, now)

@@ -150,7 +150,7 @@ func setTruncationFloor(replica *shard.Replica, index uint64) {
 
 // accept takes a report in, on group 0's leader.
 func (r *Reconciler) accept(report Report) (ReportAnswer, error) {
-	if !r.observing() {
+	if _, leads := r.observing(); !leads {
 		return ReportAnswer{}, shard.ErrNotLeader
 	}
 	r.seen.accept(report, true, time.Now())
@@ -177,13 +177,13 @@ func (r *Reconciler) accept(report Report) (ReportAnswer, error) {
 }
 
 // observing begins the observations of this term, if this node leads group 0.
-func (r *Reconciler) observing() bool {
-	term := r.cfg.Replica.Leader().Term
+func (r *Reconciler) observing() (term uint64, leads bool) {
+	term = r.cfg.Replica.Leader().Term
 	if !r.cfg.Replica.Serving() {
-		return false
+		return 0, false
 	}
 	r.seen.begin(term)
-	return true
+	return term, true
 }
 
 // call is a Call whose payload and answer are JSON.
