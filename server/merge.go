@@ -107,7 +107,7 @@ func (m *merge) fill(ctx context.Context) error {
 	}
 	before := sizeOfBuffers(empty)
 	// A page may be empty but for what the filters keep out.
-	for pending := empty; len(pending) > 0; pending = slices.DeleteFunc(pending, func(s *source) bool { return s.done || len(s.buffer) > 0 }) {
+	for pending := slices.Clone(empty); len(pending) > 0; pending = slices.DeleteFunc(pending, func(s *source) bool { return s.done || len(s.buffer) > 0 }) {
 		if err := fetchAll(ctx, pending, m.meter); err != nil {
 			return err
 		}
