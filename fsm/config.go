@@ -58,6 +58,7 @@ type faults struct {
 	rowNotDeleted   func(key []byte) bool // this compaction leaves the row
 	outOfOrder      bool                  // compaction deletes newest rows first
 	unlimited       bool                  // flushes do not wait for their turn
+	paging          func()                // called between a page's looks at memory and at the file
 	unjudged        bool                  // pages of rows have what compactions made unreadable
 	nameNotSynced   func() error          // the name of a defragmented file cannot be made durable
 	copying         func()                // called before a defragmentation copies

@@ -6,10 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"math"
 	"math/rand/v2"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/raft"
 	"go.etcd.io/bbolt"
@@ -17,6 +20,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/protobuf/proto"
 
+	"kvd/fsm/mvcc"
 	"kvd/snapshot"
 )
 
@@ -256,11 +260,37 @@ func mergeAndCompare(t *testing.T, seed uint64, loseNewest bool) (*sharded, stri
 				return x, path, meta, fmt.Errorf("hash at %d: %x, want %x, compacted at %d, %w", rev, h, want, compacted, errors.Join(err, err2))
 			}
 		}
-		if err := s.WaitCompacted(t.Context(), User, meta.CompactRevision); err != nil {
-			t.Fatal(err)
+		for _, s := range []*Store{s, x.reference} {
+			if err := errors.Join(s.Flush(t.Context(), s.AppliedIndex()), s.WaitCompacted(t.Context(), User, meta.CompactRevision)); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
+	if got, want := storedRows(t, s, cut), storedRows(t, x.reference, cut); got != want {
+		return x, path, meta, fmt.Errorf("after compaction at %d it has the rows\n%s, want\n%s", meta.CompactRevision, got, want)
+	}
 	return x, path, meta, sameReads(t, s, x.reference, meta.CompactRevision, cut, all)
+}
+
+// storedRows are those of a store's file up to a revision.
+func storedRows(t *testing.T, s *Store, upTo int64) string {
+	t.Helper()
+	tx, err := s.begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rollback(tx)
+	var b bytes.Buffer
+	if err := tx.Bucket(spaceBuckets[User]).ForEach(func(k, v []byte) error {
+		r, tombstone, err := mvcc.ParseKey(k)
+		if r.Main <= upTo {
+			fmt.Fprintf(&b, "%d.%d %t %x\n", r.Main, r.Sub, tombstone, v)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
 }
 
 func mergedConfig(path string) Config {
@@ -533,6 +563,43 @@ func TestRowsPageRefuses(t *testing.T) {
 	if _, err := s.RowsPage(t.Context(), spaces, nil, 15, 100); !errors.Is(err, ErrUnknownSpace) {
 		t.Errorf("got %v", err)
 	}
+}
+
+// What is written to the file while a page is being made is in the page once, and a transaction that is being applied
+// is not in it.
+func TestRowsPageWhileOthersWrite(t *testing.T) {
+	config := testConfig(tempPath(t))
+	config.FlushInterval = time.Hour
+	var s *Store
+	config.faults.paging = func() {
+		if err := s.Flush(t.Context(), s.AppliedIndex()); err != nil {
+			t.Error(err)
+		}
+	}
+	s = open(t, config)
+	apply(t, s, put("a", "1"), put("b", "2"), &pb.DeleteRangeRequest{Key: []byte("a")})
+	w := s.newWriter(User)
+	s.mu.Lock()
+	w.put(putCommand{key: []byte("c")}) // not published
+	s.mu.Unlock()
+	for i, want := range []string{"4 3 2", "4 3 2"} {
+		page, err := s.RowsPage(t.Context(), User, nil, math.MaxInt64, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for rest := page.Rows; len(rest) > 0; {
+			var row rowOfPage
+			if row, rest, err = nextRow(rest); err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, fmt.Sprint(row.revision.Main))
+		}
+		if strings.Join(got, " ") != want || page.Keys != 1 || page.Cursor != nil {
+			t.Errorf("page %d: rows %v, %d keys, cursor %x; want %s", i, got, page.Keys, page.Cursor, want)
+		}
+	}
+	w.publish()
 }
 
 func FuzzRowsPage(f *testing.F) {

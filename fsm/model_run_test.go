@@ -31,9 +31,10 @@ type logEntry struct {
 // cluster is one log, the model's answers to it, and the generator that writes it.
 type cluster struct {
 	*generator
-	model *model
-	log   []logEntry // of indexes 1, 2, ...
-	want  [][]Result
+	model  *model
+	floors bool       // revisions are reserved
+	log    []logEntry // of indexes 1, 2, ...
+	want   [][]Result
 }
 
 func newCluster(seed uint64) *cluster {
@@ -55,13 +56,45 @@ func (c *cluster) grow(t testing.TB) {
 	}
 	var b EntryBuilder
 	var want []Result
+	stale := c.reserve(&b)
 	for range c.IntN(6) {
 		m := c.command()
 		b.Add(request(t, m))
+		switch {
+		case stale:
+			want = append(want, Result{Err: ErrStaleFloor})
+			continue
+		case b.floor != 0:
+			c.model.reserve(b.floor + int64(b.Count()) - 1)
+		}
 		want = append(want, c.model.apply(m))
 		c.revision, c.compacted = c.model.revision(), c.model.compacted
 	}
 	c.log, c.want = append(c.log, logEntry{data: b.Bytes()}), append(c.want, want)
+}
+
+// reserve gives an entry its floor, if it is to have one, and says whether that is stale.
+func (c *cluster) reserve(b *EntryBuilder) (stale bool) {
+	switch {
+	case !c.floors:
+	case c.oneIn(12):
+		b.SetFloor(max(1, c.model.used-c.Int64N(3)), 1)
+		return true
+	case c.oneIn(12):
+		b.SetFloor(c.revision+1, 2)
+		return true
+	default:
+		b.SetFloor(c.revision+1+c.Int64N(3), 1)
+	}
+	return false
+}
+
+// current is the newest revision that counts in reads.
+func (c *cluster) current() int64 {
+	if c.floors {
+		return c.revision
+	}
+	return 0
 }
 
 // replica is a store that follows the log of a cluster.
@@ -131,12 +164,12 @@ func (c *cluster) read(t testing.TB, r *replica) {
 	a := c.model.begin()
 	for range 4 {
 		q := c.rangeRequest()
-		resp, err := r.Range(t.Context(), User, q)
+		resp, err := r.RangeAt(t.Context(), User, q, c.current())
 		want, wantErr := a.rangeKeys(q)
 		if !sameResult(Result{resp, err}, Result{want, wantErr}) {
 			t.Fatalf("range %v:\ngot  %v, %v\nwant %v, %v", q, resp, err, want, wantErr)
 		}
-		page, err := r.RangePage(t.Context(), User, q)
+		page, err := r.RangePageAt(t.Context(), User, q, c.current())
 		if err == nil && resp != nil {
 			if page.Count > resp.Count || page.Count < int64(len(page.Kvs)) {
 				t.Fatalf("range %v: page of %d keys has count %d of %d", q, len(page.Kvs), page.Count, resp.Count)
@@ -148,7 +181,7 @@ func (c *cluster) read(t testing.TB, r *replica) {
 		}
 	}
 	q := c.txn(0, false)
-	resp, err := r.ReadTxn(t.Context(), User, q)
+	resp, err := r.ReadTxnAt(t.Context(), User, q, c.current())
 	want, wantErr := a.txn(q)
 	if !sameResult(Result{resp, err}, Result{want, wantErr}) {
 		t.Fatalf("transaction %v:\ngot  %v, %v\nwant %v, %v", q, resp, err, want, wantErr)
@@ -161,7 +194,7 @@ func (c *cluster) readAll(t testing.TB, r *replica) {
 	a := c.model.begin()
 	for rev := max(1, c.compacted); rev <= c.revision; rev++ {
 		q := &pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte{0}, Revision: rev}
-		resp, err := r.Range(t.Context(), User, q)
+		resp, err := r.RangeAt(t.Context(), User, q, c.current())
 		want, wantErr := a.rangeKeys(q)
 		if !sameResult(Result{resp, err}, Result{want, wantErr}) {
 			t.Fatalf("revision %d:\ngot  %v, %v\nwant %v, %v", rev, resp, err, want, wantErr)
@@ -201,6 +234,7 @@ func (c *cluster) same(t testing.TB, a, b *replica) {
 func TestModel(t *testing.T) {
 	seeds(t, 12, func(t *testing.T, seed uint64) {
 		c, dir := newCluster(seed), t.TempDir()
+		c.floors = seed%2 == 0
 		config := func(name string) Config { return testConfig(filepath.Join(dir, name)) }
 		steady, closing, crashing := c.open(t, config("steady")), c.open(t, config("closing")), c.open(t, config("crashing"))
 		for range 12 {

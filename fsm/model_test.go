@@ -16,14 +16,23 @@ import (
 type model struct {
 	states    []map[string]*mvccpb.KeyValue // by revision; 0 and 1 are empty
 	compacted int64
+	used      int64 // newest revision of a change
+	reserved  bool  // revisions are reserved outside, and have gaps
 	leases    map[int64]bool
 }
 
 func newModel() *model {
-	return &model{states: make([]map[string]*mvccpb.KeyValue, 2), compacted: -1, leases: map[int64]bool{0: true}}
+	return &model{states: make([]map[string]*mvccpb.KeyValue, 2), compacted: -1, used: 1, leases: map[int64]bool{0: true}}
 }
 
 func (m *model) revision() int64 { return int64(len(m.states) - 1) }
+
+// reserve makes rev the revision of the next change.
+func (m *model) reserve(rev int64) {
+	for m.reserved = true; m.revision() < rev-1; {
+		m.states = append(m.states, m.states[m.revision()])
+	}
+}
 
 // attempt is a transaction under way: the state it has made, and how many changes.
 type attempt struct {
@@ -47,6 +56,7 @@ func (a *attempt) now() int64 {
 func (a *attempt) commit() {
 	if a.changes > 0 {
 		a.states = append(a.states, a.state)
+		a.used = a.revision()
 	}
 }
 
@@ -313,6 +323,10 @@ func (m *model) apply(command proto.Message) Result {
 			result.Err = ErrFutureRevision
 		default:
 			m.compacted = c.Revision
+			if m.reserved {
+				m.states = append(m.states, m.states[m.revision()])
+				m.used = m.revision()
+			}
 			result.Response = &pb.CompactionResponse{Header: &pb.ResponseHeader{Revision: m.revision()}}
 		}
 	}

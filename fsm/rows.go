@@ -92,6 +92,9 @@ func (p *pager) fill(ctx context.Context) error {
 	s.mu.RLock()
 	active, flushing := sp.active, sp.flushing
 	s.mu.RUnlock()
+	if hook := s.config.faults.paging; hook != nil {
+		hook()
+	}
 	tx, err := s.begin()
 	if err != nil {
 		return err
