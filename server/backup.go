@@ -27,6 +27,9 @@ func (s *maintenance) Snapshot(_ *pb.SnapshotRequest, stream grpc.ServerStreamin
 		return kvdError(codes.ResourceExhausted, ReasonBusy, fmt.Sprintf("%d backups are being sent already", cap(s.backups)))
 	}
 	ctx := stream.Context()
+	if s.router.sharded {
+		return s.snapshotShards(ctx, stream)
+	}
 	state, release, err := s.local(ctx)
 	if err != nil {
 		return err
@@ -47,7 +50,12 @@ func (s *maintenance) sendSnapshot(ctx context.Context, state *fsm.Store, stream
 	if _, ok := state.SnapshotMeta(); !ok {
 		return kvdError(codes.Unavailable, ReasonNoState, "this node has nothing to back up yet")
 	}
-	return state.ViewSnapshot(ctx, func(tx *bbolt.Tx, meta snapshot.Meta) error {
+	return state.ViewSnapshot(ctx, s.sender(ctx, stream))
+}
+
+// sender sends a state as a backup.
+func (s *maintenance) sender(ctx context.Context, stream grpc.ServerStreamingServer[pb.SnapshotResponse]) func(*bbolt.Tx, snapshot.Meta) error {
+	return func(tx *bbolt.Tx, meta snapshot.Meta) error {
 		w := &snapshotWriter{router: s.router, stream: stream, left: snapshot.StreamSize(tx, meta), digest: sha256.New()}
 		n, err := snapshot.WriteStream(ctx, w, tx, meta)
 		s.router.metrics.snapshotBytes.Add(float64(n))
@@ -55,7 +63,7 @@ func (s *maintenance) sendSnapshot(ctx context.Context, state *fsm.Store, stream
 			return err
 		}
 		return w.finish()
-	})
+	}
 }
 
 // snapshotMessageBytes is the size of the messages that a backup is cut into.

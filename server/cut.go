@@ -58,7 +58,7 @@ func (q *cuts) take(ctx context.Context) (*cut, error) {
 		if err == nil {
 			return c, nil
 		}
-		if errors.Is(err, shard.ErrClosed) || errors.Is(err, errNotGated) || !a.again(ctx, nil, err) {
+		if errors.Is(err, shard.ErrClosed) || !a.again(ctx, nil, err) {
 			return nil, q.router.readStatus(ctx, err)
 		}
 	}
@@ -127,7 +127,7 @@ func (r *router) gates(ctx context.Context, at int64, groups []uint64) ([]gate, 
 		groups = slices.DeleteFunc(slices.Clone(groups), func(group uint64) bool {
 			return slices.ContainsFunc(passed, func(g gate) bool { return g.group == group })
 		})
-		if len(groups) > 0 && (errors.Is(err, errNotGated) || !a.again(ctx, r.cfg.leaderChanged(groups[0]), err)) {
+		if len(groups) > 0 && !a.again(ctx, r.cfg.leaderChanged(groups[0]), err) {
 			return nil, err
 		}
 	}
@@ -146,7 +146,7 @@ func (c *Config) leaderChanged(group uint64) <-chan struct{} {
 // tryGates makes one attempt for each group, with one call for all groups that
 // a node leads. It returns those that succeeded, and an error if any failed.
 func (r *router) tryGates(ctx context.Context, at int64, groups []uint64, a *attempts) ([]gate, error) {
-	ctx, cancel := context.WithTimeout(ctx, gateTimeout<<min(a.n, 10))
+	ctx, cancel := context.WithTimeout(ctx, a.timeout(gateTimeout))
 	defer cancel()
 	byNode := make(map[string][]uint64) // "" = this one
 	var failed error

@@ -29,7 +29,8 @@ var refusals = []struct {
 	{7, errBusy, kvdError(codes.ResourceExhausted, ReasonBusy, "the answers under way take as much memory as they may already: read less at once, or try again")},
 }
 
-// refusal is the client's answer for an error of the state machine.
+// refusal is the client's answer for an error of the state machine; gRPC
+// statuses stay as they are.
 func refusal(err error) error {
 	for _, known := range refusals {
 		if errors.Is(err, known.err) {

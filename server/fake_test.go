@@ -72,6 +72,10 @@ func (f *fakeReplica) ReadIndex(ctx context.Context) (uint64, error) {
 	return f.store.AppliedIndex(), nil
 }
 
+func (f *fakeReplica) ReadIndexAt(ctx context.Context, _ int64) (uint64, error) {
+	return f.ReadIndex(ctx)
+}
+
 func (f *fakeReplica) AcquireState(ctx context.Context, index uint64) (*fsm.Store, func(), error) {
 	if f.store == nil {
 		return nil, nil, shard.ErrClosed

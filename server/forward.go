@@ -22,6 +22,8 @@ const (
 	methodPage      = "kv.page"
 	methodReadTxn   = "kv.readtxn"
 	methodGate      = "kv.gate"
+	methodRows      = "kv.rows"
+	methodHash      = "kv.hash"
 )
 
 // HandlerFunc answers one call from another node. An error means that nothing
@@ -170,6 +172,8 @@ func (r *router) handlers() map[string]HandlerFunc {
 		methodPage:      r.guarded(r.handlePage),
 		methodReadTxn:   r.guarded(r.handleReadTxn),
 		methodGate:      r.guarded(r.handleGate),
+		methodRows:      r.guarded(r.handleRows),
+		methodHash:      r.guarded(r.handleHash),
 	}
 }
 

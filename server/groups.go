@@ -9,8 +9,8 @@ type Groups interface {
 	// Sharded reports whether keys are spread over several groups, whose
 	// revisions come from Revisions. It never changes.
 	Sharded() bool
-	// Group is the group of a key. It never changes, and is one of All as soon
-	// as that is not empty.
+	// Group is the group of a key, the same for keys with equal ring.Tag. It
+	// never changes, and is one of All as soon as that is not empty.
 	Group(key []byte) uint64
 	// All lists the groups that have keys, in ascending order; empty as long as
 	// this node does not know the cluster map. The caller must not change it.
@@ -18,15 +18,6 @@ type Groups interface {
 	// Nodes lists the nodes that have a data replica of a group, the one to be
 	// asked first in front; empty if none is known. This node may be among them.
 	Nodes(group uint64) []string
-}
-
-// Gated is a Replica of a sharded key space.
-type Gated interface {
-	Replica
-	// ReadIndexAt returns an index such that every state that has applied it
-	// answers reads at revision at completely and for ever, and has every write
-	// that was acknowledged before the call. It must be called on the leader.
-	ReadIndexAt(ctx context.Context, at int64) (uint64, error)
 }
 
 // Revisions orders the writes of all groups.

@@ -164,9 +164,7 @@ func (a *attempts) again(ctx context.Context, changed <-chan struct{}, err error
 	return true
 }
 
-// attemptTimeout bounds an attempt that may be repeated elsewhere, so that a
-// node that neither answers nor disconnects does not use up the request's time.
-// It grows, for what takes long everywhere.
-func (a *attempts) attemptTimeout() time.Duration { return minAttempt << min(a.n, 10) }
-
-const minAttempt = time.Second
+// timeout bounds an attempt that may be repeated elsewhere, so that a node that
+// neither answers nor disconnects does not use up the request's time. It grows
+// from least, for what takes long everywhere.
+func (a *attempts) timeout(least time.Duration) time.Duration { return least << min(a.n, 10) }

@@ -15,8 +15,9 @@ import (
 	"kvd/shard"
 )
 
-// maintenance is etcd's maintenance service. Everything concerns this node's
-// replica of the key space.
+// maintenance is etcd's maintenance service. Nearly everything concerns this
+// node's replicas; what is about the whole key space says so. Where there is
+// one leader, it is group 0's.
 type maintenance struct {
 	pb.UnsafeMaintenanceServer
 	router  *router
@@ -55,8 +56,22 @@ func (s *maintenance) Status(ctx context.Context, _ *pb.StatusRequest) (*pb.Stat
 	defer release()
 	now := replica.Status()
 	allocated, inUse := state.SizeBytes()
+	revision := state.Revision(fsm.User)
+	leaderless := 0
+	err = s.eachShard(ctx, func(_ uint64, replica Replica, state *fsm.Store) error {
+		more, used := state.SizeBytes()
+		allocated, inUse = allocated+more, inUse+used
+		revision = max(revision, state.Revision(fsm.User))
+		if replica.Leader().Node == "" {
+			leaderless++
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
 	resp := &pb.StatusResponse{
-		Header:           s.header(state.Revision(fsm.User)),
+		Header:           s.header(revision),
 		Version:          version.Version,
 		StorageVersion:   storageVersion,
 		DbSize:           allocated,
@@ -72,7 +87,37 @@ func (s *maintenance) Status(ctx context.Context, _ *pb.StatusRequest) (*pb.Stat
 	} else {
 		resp.Errors = append(resp.Errors, rpctypes.ErrorDesc(rpctypes.ErrGRPCNoLeader))
 	}
+	if leaderless > 0 {
+		resp.Errors = append(resp.Errors, fmt.Sprintf("kvd: %d shards of this node have no leader", leaderless))
+	}
 	return resp, nil
+}
+
+// eachShard calls f for every shard of which this node has a replica, in order,
+// with its state as it is. Without shards it does nothing.
+func (s *maintenance) eachShard(ctx context.Context, f func(group uint64, replica Replica, state *fsm.Store) error) error {
+	if !s.router.sharded {
+		return nil
+	}
+	for _, group := range s.router.cfg.Groups.All() {
+		replica := s.router.cfg.Replica(group)
+		if replica == nil {
+			continue
+		}
+		state, release, err := replica.AcquireState(ctx, 0)
+		if errors.Is(err, shard.ErrClosed) { // moved to another node just now
+			continue
+		}
+		if err != nil {
+			return s.router.readStatus(ctx, err)
+		}
+		err = f(group, replica, state)
+		release()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // storageVersion is the etcd release whose data model kvd has.
@@ -111,17 +156,26 @@ func (s *maintenance) revision(ctx context.Context) int64 {
 		return 0
 	}
 	defer release()
-	return state.Revision(fsm.User)
+	revision := state.Revision(fsm.User)
+	_ = s.eachShard(ctx, func(_ uint64, _ Replica, state *fsm.Store) error {
+		revision = max(revision, state.Revision(fsm.User))
+		return nil
+	})
+	return revision
 }
 
-// Defragment gives space that the state's file does not need back to the disk.
+// Defragment gives space that the states' files do not need back to the disk.
 func (s *maintenance) Defragment(ctx context.Context, _ *pb.DefragmentRequest) (*pb.DefragmentResponse, error) {
 	state, release, err := s.local(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
-	if err := state.Defragment(ctx); err != nil {
+	err = state.Defragment(ctx)
+	if err == nil {
+		err = s.eachShard(ctx, func(_ uint64, _ Replica, state *fsm.Store) error { return state.Defragment(ctx) })
+	}
+	if err != nil {
 		s.router.cfg.Logger.Warn("defragmentation failed", "error", err)
 		return nil, refusal(err)
 	}
@@ -159,6 +213,20 @@ func (s *maintenance) Hash(ctx context.Context, _ *pb.HashRequest) (*pb.HashResp
 	if err != nil {
 		return nil, refusal(err)
 	}
+	if s.router.sharded {
+		var sum shardHash
+		sum.add(userGroup, hash)
+		err = s.eachShard(ctx, func(group uint64, _ Replica, state *fsm.Store) error {
+			revision = max(revision, state.Revision(fsm.User))
+			hash, err := state.Hash(ctx)
+			sum.add(group, hash)
+			return err
+		})
+		if err != nil {
+			return nil, refusal(err)
+		}
+		hash = sum.crc
+	}
 	return &pb.HashResponse{Header: s.header(revision), Hash: hash}, nil
 }
 
@@ -169,6 +237,9 @@ func (s *maintenance) HashKV(ctx context.Context, r *pb.HashKVRequest) (*pb.Hash
 		return nil, err
 	}
 	defer release()
+	if s.router.sharded {
+		return s.hashShards(ctx, r.Revision)
+	}
 	hash, compacted, hashed, err := state.HashKV(ctx, r.Revision)
 	if err != nil {
 		return nil, refusal(err)
@@ -188,7 +259,7 @@ func (s *maintenance) MoveLeader(ctx context.Context, r *pb.MoveLeaderRequest) (
 	if !replica.Leader().Self {
 		return nil, rpctypes.ErrGRPCNotLeader
 	}
-	target, ok := s.memberByID(r.TargetID)
+	target, ok := s.router.memberByID(r.TargetID)
 	if !ok || target.Learner {
 		return nil, rpctypes.ErrGRPCBadLeaderTransferee
 	}
@@ -234,8 +305,8 @@ func awaitLeader(ctx context.Context, replica Replica, node string) error {
 	}
 }
 
-func (s *maintenance) memberByID(id uint64) (Member, bool) {
-	for _, m := range s.router.cfg.Cluster.Members() {
+func (r *router) memberByID(id uint64) (Member, bool) {
+	for _, m := range r.cfg.Cluster.Members() {
 		if m.ID == id {
 			return m, true
 		}

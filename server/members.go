@@ -2,12 +2,16 @@ package server
 
 import (
 	"context"
+	"errors"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
-// members is etcd's cluster service. kvd changes its members by itself, as
-// nodes join and leave, so that only the list is served.
+// members is etcd's cluster service. kvd adds members by itself, when nodes
+// join, so that they can only be listed and removed.
 type members struct {
 	pb.UnsafeClusterServer
 	router *router
@@ -27,14 +31,19 @@ func (s *members) MemberList(ctx context.Context, r *pb.MemberListRequest) (*pb.
 		}
 		release()
 	}
-	resp := &pb.MemberListResponse{Header: &pb.ResponseHeader{}}
+	resp := &pb.MemberListResponse{Header: &pb.ResponseHeader{}, Members: s.list()}
 	s.router.fill(resp.Header) // as in etcd, without a revision
+	return resp, nil
+}
+
+func (s *members) list() []*pb.Member {
+	var list []*pb.Member
 	for _, m := range s.router.cfg.Cluster.Members() {
-		resp.Members = append(resp.Members, &pb.Member{
+		list = append(list, &pb.Member{
 			ID: m.ID, Name: m.Name, PeerURLs: m.PeerURLs, ClientURLs: m.ClientURLs, IsLearner: m.Learner,
 		})
 	}
-	return resp, nil
+	return list
 }
 
 var errMemberChange = unsupported("changing members through the etcd API is")
@@ -44,9 +53,35 @@ func (s *members) MemberAdd(context.Context, *pb.MemberAddRequest) (*pb.MemberAd
 	return nil, errMemberChange
 }
 
-// MemberRemove is not supported.
-func (s *members) MemberRemove(context.Context, *pb.MemberRemoveRequest) (*pb.MemberRemoveResponse, error) {
-	return nil, errMemberChange
+// MemberRemove begins to take a node out of the cluster: its replicas are
+// rebuilt on other nodes first, and it is listed until that is done. As in etcd,
+// it is refused where too few nodes would be left.
+func (s *members) MemberRemove(ctx context.Context, r *pb.MemberRemoveRequest) (*pb.MemberRemoveResponse, error) {
+	if s.router.cfg.Members == nil {
+		return nil, errMemberChange
+	}
+	member, ok := s.router.memberByID(r.ID)
+	if !ok {
+		return nil, rpctypes.ErrGRPCMemberNotFound
+	}
+	ctx, cancel := s.router.withDeadline(ctx)
+	defer cancel()
+	if err := s.router.cfg.Members.Leave(ctx, member.Name, false); err != nil {
+		return nil, leaveStatus(err)
+	}
+	resp := &pb.MemberRemoveResponse{Header: &pb.ResponseHeader{}, Members: s.list()}
+	s.router.fill(resp.Header)
+	return resp, nil
+}
+
+func leaveStatus(err error) error {
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return status.FromContextError(err).Err()
+	}
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
+	return kvdError(codes.FailedPrecondition, ReasonMembership, err.Error())
 }
 
 // MemberUpdate is not supported: nodes announce their addresses themselves.

@@ -143,9 +143,9 @@ func (r *router) pageHere(ctx context.Context, replica Replica, p *pageRequest) 
 			return nil, nil, err
 		}
 	}
-	state, unpin, err := replica.AcquireState(ctx, index)
+	state, unpin, err := pinFor(ctx, replica, index)
 	if err != nil {
-		return nil, nil, elsewhere(err)
+		return nil, nil, err
 	}
 	defer unpin()
 	out, release, err := r.page(ctx, state, p)
@@ -162,14 +162,8 @@ func leaderIndex(ctx context.Context, replica Replica, revision int64) (uint64, 
 	if revision <= 0 {
 		return replica.ReadIndex(ctx)
 	}
-	gated, ok := replica.(Gated)
-	if !ok {
-		return 0, errNotGated
-	}
-	return gated.ReadIndexAt(ctx, revision)
+	return replica.ReadIndexAt(ctx, revision)
 }
-
-var errNotGated = errors.New("server: the replica is not one of a shard")
 
 // elsewhereError: this node's replica cannot answer now, another one may.
 type elsewhereError struct{ err error }

@@ -42,46 +42,37 @@ func (r *router) readTxnSharded(ctx context.Context, group uint64, t *pb.TxnRequ
 		}
 		return resp, nil
 	}
+	var resp *pb.TxnResponse
+	here := func(ctx context.Context, replica Replica) error {
+		var release func()
+		var err error
+		if resp, release, err = r.txnHere(ctx, replica, q); err == nil {
+			release()
+		}
+		return err
+	}
+	there := func(ctx context.Context, node string) error {
+		var err error
+		resp, err = r.txnThere(ctx, node, q)
+		return err
+	}
 	ctx, cancel := r.withDeadline(ctx)
 	defer cancel()
-	for a := (attempts{router: r}); ; {
-		resp, changed, err := r.tryTxn(ctx, &a, q)
-		switch {
-		case err == nil:
-			return resp, nil
-		case isRefusal(err):
-			return nil, refusal(err)
-		case !a.again(ctx, changed, err):
-			return nil, r.readStatus(ctx, err)
-		}
+	var err error
+	if q.serializable {
+		err = r.onState(ctx, group, "", here, there)
+	} else {
+		err = r.onLeader(ctx, group, here, there)
 	}
+	if err != nil {
+		return nil, refusal(err)
+	}
+	return resp, nil
 }
 
 // readsRevisions reports whether a transaction has ranges at revisions.
 func readsRevisions(t *pb.TxnRequest) bool {
 	return !everyOp(t, func(op *pb.RequestOp) bool { return op.GetRequestRange().GetRevision() == 0 })
-}
-
-func (r *router) tryTxn(ctx context.Context, a *attempts, q *txnRead) (*pb.TxnResponse, <-chan struct{}, error) {
-	ctx, cancel := context.WithTimeout(ctx, a.attemptTimeout())
-	defer cancel()
-	to := r.target(q.group, a.n)
-	if to.here || q.serializable && to.replica != nil && a.n%2 == 0 {
-		resp, release, err := r.txnHere(ctx, to.replica, q)
-		if err == nil {
-			release()
-		}
-		return resp, to.changed, err
-	}
-	node := to.node
-	if q.serializable && a.n > 0 {
-		node = r.dataNode(q.group, a.n)
-	}
-	if node == "" || node == r.cfg.Node {
-		return nil, to.changed, errNoLeader
-	}
-	resp, err := r.txnThere(ctx, node, q)
-	return resp, to.changed, err
 }
 
 // txnHere answers from this node's replica. What is read counts until release.
@@ -93,9 +84,9 @@ func (r *router) txnHere(ctx context.Context, replica Replica, q *txnRead) (*pb.
 			return nil, nil, err
 		}
 	}
-	state, unpin, err := replica.AcquireState(ctx, index)
+	state, unpin, err := pinFor(ctx, replica, index)
 	if err != nil {
-		return nil, nil, elsewhere(err)
+		return nil, nil, err
 	}
 	defer unpin()
 	meter := r.answers.meter()

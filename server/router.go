@@ -26,6 +26,7 @@ type router struct {
 	leaders leaders
 	cuts    cuts
 	gating  chan struct{} // one per call of other nodes that waits for gates
+	hashing chan struct{} // one per digest computed for another node
 
 	ctx    context.Context // ends when the router closes
 	cancel context.CancelFunc
@@ -55,6 +56,7 @@ func newRouter(cfg *Config, m *metrics) *router {
 	r := &router{cfg: cfg, metrics: m, sharded: cfg.Groups.Sharded(), reads: make(map[uint64]*rounds), answers: answers{max: cfg.MaxAnswerBytes}}
 	r.cuts.router = r
 	r.gating = make(chan struct{}, maxGateCalls)
+	r.hashing = make(chan struct{}, max(cfg.MaxHashes, 1))
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r
 }

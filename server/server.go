@@ -34,6 +34,7 @@ import (
 type Replica interface {
 	Propose(ctx context.Context, request fsm.Request) (fsm.Result, error)
 	ReadIndex(ctx context.Context) (uint64, error)
+	ReadIndexAt(ctx context.Context, at int64) (uint64, error)
 	AcquireState(ctx context.Context, minIndex uint64) (*fsm.Store, func(), error)
 	Leader() shard.Leader
 	LeaderChanged() <-chan struct{}
@@ -70,9 +71,9 @@ type Member struct {
 // duration means its default.
 type Config struct {
 	Node string // this node's name
-	// Replica is this node's replica of a group; nil while there is none.
-	// A shard's is Gated. One that has no state, or cannot be expected to catch
-	// up soon, must not be returned: its group's requests go to other nodes.
+	// Replica is this node's replica of a group; nil while there is none. A
+	// shard's that has no state, or cannot be expected to catch up soon, must
+	// not be returned: its group's requests go to other nodes.
 	Replica func(group uint64) Replica
 	// Groups spreads the keys; nil = all in group 0.
 	Groups Groups

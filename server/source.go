@@ -61,61 +61,103 @@ const kvBytes = 128
 
 // fetchPage reads a page, from this node's replica if it has what is asked for.
 // What cannot be had at once is tried again, here and elsewhere, until ctx ends.
-func (r *router) fetchPage(ctx context.Context, p *pageRequest, node string) (*page, func(), error) {
+func (r *router) fetchPage(ctx context.Context, p *pageRequest, node string) (out *page, release func(), err error) {
+	here := func(ctx context.Context, replica Replica) error {
+		out, release, err = r.pageHere(ctx, replica, p)
+		return err
+	}
+	there := func(ctx context.Context, node string) error {
+		release = func() {}
+		if out, err = r.pageThere(ctx, node, p); err == nil {
+			out.node = node
+		}
+		return err
+	}
 	ctx, cancel := r.withDeadline(ctx)
 	defer cancel()
+	if p.lead {
+		err = r.onLeader(ctx, p.group, here, there)
+	} else {
+		err = r.onState(ctx, p.group, node, here, there)
+	}
+	return out, release, err
+}
+
+// onLeader has the group's leader answer a read, wherever it is. It ends with
+// the answer, a refusal, or when ctx does.
+func (r *router) onLeader(ctx context.Context, group uint64, here func(context.Context, Replica) error, there func(context.Context, string) error) error {
 	for a := (attempts{router: r}); ; {
-		out, release, changed, err := r.fetchOnce(ctx, &a, p, node)
+		to := r.target(group, a.n)
+		err := errNoLeader
+		attempt, cancel := context.WithTimeout(ctx, a.timeout(minAttempt))
 		switch {
-		case err == nil:
-			return out, release, nil
-		case isFinal(err, p):
-			return nil, nil, err
-		case !a.again(ctx, changed, err):
-			return nil, nil, r.readStatus(ctx, err)
+		case to.here:
+			err = here(attempt, to.replica)
+		case to.node != "":
+			err = there(attempt, to.node)
+		}
+		cancel()
+		switch {
+		case err == nil || isRefusal(err) || errors.Is(err, errPageFull):
+			return err
+		case !a.again(ctx, to.changed, err):
+			return r.readStatus(ctx, err)
 		}
 	}
 }
 
-// isFinal tells an answer from a failure. A revision that is not asked of the
-// leader is known to exist: where it is in the future, the state is behind.
-func isFinal(err error, p *pageRequest) bool {
-	if errors.Is(err, fsm.ErrFutureRevision) {
-		return p.lead
-	}
-	return isRefusal(err) || errors.Is(err, errPageFull)
-}
-
-func (r *router) fetchOnce(ctx context.Context, a *attempts, p *pageRequest, node string) (_ *page, _ func(), changed <-chan struct{}, err error) {
-	ctx, cancel := context.WithTimeout(ctx, a.attemptTimeout())
-	defer cancel()
-	to := r.target(p.group, a.n)
-	switch {
-	case p.lead && to.here, !p.lead && to.replica != nil && a.n%2 == 0:
-		if !p.lead {
-			ctx, cancel = context.WithTimeout(ctx, patience<<min(a.n, 10))
-			defer cancel()
+// onState has a state of the group answer a read: this node's, if it soon has
+// what the read needs, or that of node, or those of others in turn. It ends
+// with the answer, a refusal, or when ctx does.
+func (r *router) onState(ctx context.Context, group uint64, node string, here func(context.Context, Replica) error, there func(context.Context, string) error) error {
+	for a := (attempts{router: r}); ; {
+		replica := r.cfg.Replica(group)
+		err := errNoReplica
+		if replica != nil && a.n%2 == 0 {
+			attempt, cancel := context.WithTimeout(ctx, a.timeout(minAttempt))
+			err = here(attempt, replica)
+			cancel()
+		} else {
+			if node == "" || a.n > 1 {
+				node = r.dataNode(group, a.n/2)
+			}
+			if node != "" && node != r.cfg.Node {
+				attempt, cancel := context.WithTimeout(ctx, a.timeout(minAttempt))
+				err = there(attempt, node)
+				cancel()
+			}
 		}
-		out, release, err := r.pageHere(ctx, to.replica, p)
-		return out, release, to.changed, err
-	case p.lead:
-		node = to.node
-	case node == "" || a.n > 1:
-		node = r.dataNode(p.group, a.n/2)
+		// Revisions that are asked for here are known to exist. If this one is
+		// in the state's future, the state is behind.
+		switch {
+		case err == nil || isRefusal(err) && !errors.Is(err, fsm.ErrFutureRevision) || errors.Is(err, errPageFull):
+			return err
+		case !a.again(ctx, nil, err):
+			return r.readStatus(ctx, err)
+		}
 	}
-	if node == "" || node == r.cfg.Node {
-		return nil, nil, to.changed, errNoLeader
-	}
-	out, err := r.pageThere(ctx, node, p)
-	if err == nil {
-		out.node = node
-	}
-	return out, func() {}, to.changed, err
 }
 
-// patience is how long a read waits for this node's replica to catch up before
-// it goes to another one.
-const patience = 250 * time.Millisecond
+const (
+	// minAttempt is how long a read first waits for an answer.
+	minAttempt = time.Second
+	// patience is how much of it this node's state may use to catch up.
+	patience = minAttempt / 4
+)
+
+// pinFor pins a state that has applied index, or will have soon.
+func pinFor(ctx context.Context, replica Replica, index uint64) (*fsm.Store, func(), error) {
+	if deadline, ok := ctx.Deadline(); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, max(time.Until(deadline)/4, patience))
+		defer cancel()
+	}
+	state, release, err := replica.AcquireState(ctx, index)
+	if err != nil {
+		return nil, nil, elsewhere(err)
+	}
+	return state, release, nil
+}
 
 // sharedMeter is a meter for several goroutines.
 type sharedMeter struct {
