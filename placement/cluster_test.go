@@ -58,7 +58,7 @@ type testNode struct {
 }
 
 // bubble founds a cluster of n nodes and runs a test in virtual time.
-func bubble(t *testing.T, n int, cfg *ClusterConfig, test func(c *testCluster)) {
+func bubble(t *testing.T, n int, cfg *ClusterConfig, test func(t *testing.T, c *testCluster)) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "placement")
 	if err != nil {
@@ -91,7 +91,7 @@ func bubble(t *testing.T, n int, cfg *ClusterConfig, test func(c *testCluster)) 
 				c.stop(name)
 			}
 		}()
-		test(c)
+		test(t, c)
 	})
 }
 

@@ -221,6 +221,7 @@ func (r *Reconciler) startSteps(ctx context.Context, term uint64, view ClusterVi
 	var creates []ShardStep
 	for _, step := range PlanShards(view) {
 		switch leader := view.Groups[step.Group].Leader; {
+		case view.tooSoon(step):
 		case step.Action == Create && !r.busy(step.Group):
 			creates = append(creates, step)
 		case step.Action != Create && leader != nil:
@@ -241,6 +242,35 @@ func (r *Reconciler) startSteps(ctx context.Context, term uint64, view ClusterVi
 		r.took(step)
 	}
 	return true, nil
+}
+
+// tooSoon reports whether the step would undo what an earlier leader has begun
+// in the place of a node that this one has not listened to for long enough: a
+// new leader calls nobody down yet, and a copy that is half made for a node that
+// is dead would be thrown away, and made again.
+func (v *ClusterView) tooSoon(step ShardStep) bool {
+	s, ok := v.Map.shardOf(step.Group)
+	leader := v.Groups[step.Group].Leader
+	if !ok || leader == nil || !v.Nodes[step.Node].Alive {
+		return false
+	}
+	member, ok := v.Map.Member(step.Node)
+	standsIn := ok && !member.Leaving && slices.Contains(s.Replicas, Replica{ID: step.Replica, Incarnation: member.Incarnation})
+	in := slices.IndexFunc(leader.Leading.Members, func(m shard.Member) bool { return m.ID == step.Replica })
+	switch {
+	case !standsIn:
+		return false
+	case step.Action == Forget:
+		// One that was a member is on its way out, not in.
+		if own, ok := v.Groups[step.Group].Reports[step.Replica]; !ok || own.Last > 0 || own.Applied > 0 {
+			return false
+		}
+	case step.Action != Remove || in < 0 || leader.Leading.Members[in].Voter:
+		return false
+	}
+	return slices.ContainsFunc(Target(*v.Map.Config, s.Number, v.Ring, staying(v.Map.Members)), func(t TargetReplica) bool {
+		return !v.Nodes[t.Node].Alive
+	})
 }
 
 // busy reports whether a step of the group is under way.

@@ -1,29 +1,416 @@
 package placement
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 )
 
-func consistent(shards, rf int, witnesses string) *ClusterConfig {
-	return &ClusterConfig{Strategy: "consistent", Shards: shards, ReplicationFactor: rf, Witnesses: witnesses}
+func consistent(shards, replicas int, witnesses string) *ClusterConfig {
+	return &ClusterConfig{Strategy: "consistent", Shards: shards, ReplicationFactor: replicas, Witnesses: witnesses}
+}
+
+// without is home with nothing on a node.
+func without(node string) func(*Map, Overview) bool {
+	return func(m *Map, o Overview) bool { return home(m, o) && on(o, node) == 0 }
+}
+
+// with is home with something on a node.
+func with(node string) func(*Map, Overview) bool {
+	return func(m *Map, o Overview) bool { return home(m, o) && on(o, node) > 0 }
+}
+
+// fill writes a key to each shard.
+func (c *testCluster) fill() {
+	c.t.Helper()
+	for n := range c.cfg.Shards {
+		c.put(GroupOf(n), "k", fmt.Sprint("v", n))
+	}
+}
+
+// check reads them.
+func (c *testCluster) check() {
+	c.t.Helper()
+	for n := range c.cfg.Shards {
+		if v := c.get(GroupOf(n), "k"); v != fmt.Sprint("v", n) {
+			c.t.Errorf("shard %d has %q", n, v)
+		}
+	}
 }
 
 func TestAStoppedNodesShardsAreRebuiltAndGoHome(t *testing.T) {
-	bubble(t, 4, consistent(6, 3, WitnessesNone), func(c *testCluster) {
-		t.Log("founded after", c.await(30*time.Second, "founding", home))
-		c.put(1, "k", "v")
-		n := c.nodes["n3"]
-		c.stop("n3")
-		t.Log("rebuilt after", c.await(60*time.Second, "rebuilding", func(m *Map, o Overview) bool {
-			return home(m, o) && on(o, "n3") == 0
+	for _, kind := range []struct {
+		nodes, replicas int
+		witnesses       string
+	}{{4, 3, WitnessesNone}, {4, 2, WitnessesAuto}, {5, 2, WitnessesAuto}, {5, 3, WitnessesAuto}} {
+		t.Run(fmt.Sprintf("%d nodes, %d replicas, witnesses %s", kind.nodes, kind.replicas, kind.witnesses), func(t *testing.T) {
+			bubble(t, kind.nodes, consistent(6, kind.replicas, kind.witnesses), func(t *testing.T, c *testCluster) {
+				c.await(30*time.Second, "founding", home)
+				c.fill()
+				n := c.nodes["n3"]
+				c.stop("n3")
+				stopped := time.Now()
+				rebuilt := func(m *Map, o Overview) bool { return without("n3")(m, o) }
+				if kind.nodes == 5 && kind.replicas == 3 {
+					// Four nodes for five voters: the dead one stays a member.
+					rebuilt = func(_ *Map, o Overview) bool {
+						return !slices.ContainsFunc(o.Shards, func(s ShardOverview) bool { return s.State == shardDegraded })
+					}
+				}
+				c.await(60*time.Second, "rebuilding", rebuilt)
+				t.Log("rebuilt", time.Since(stopped)-30*time.Second, "after it was down")
+				c.check()
+				c.start(n.member())
+				t.Log("home after", c.await(20*time.Second, "going home", with("n3")))
+				c.check()
+			})
+		})
+	}
+}
+
+// Whoever leads group 0 dies after each of its steps, and its replicas with it:
+// the next one goes on, and nothing that was begun is thrown away.
+func TestAnotherLeaderGoesOnAfterEachStep(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	for i := range uint64(2) {
+		t.Run(fmt.Sprint("seed ", seed+i), func(t *testing.T) {
+			random := rand.New(rand.NewPCG(seed+i, 0))
+			bubble(t, 5, consistent(3, 3, WitnessesNone), func(t *testing.T, c *testCluster) {
+				steps := make(chan ShardStep)
+				c.restart(func(cfg *Config) { cfg.DownAfter = 5 * time.Second })
+				c.await(30*time.Second, "founding", home)
+				c.fill()
+				c.restart(func(cfg *Config) {
+					cfg.DownAfter = 5 * time.Second
+					cfg.stepped = func(s ShardStep) {
+						select {
+						case steps <- s:
+						case <-time.After(time.Millisecond):
+						}
+					}
+				})
+				c.await(30*time.Second, "starting again", home)
+				n := c.nodes["n2"]
+				c.stop("n2")
+				took := make(map[Action]int)
+				for still := false; !still; {
+					select {
+					case step := <-steps:
+						took[step.Action]++
+						if took[Create] > 20 {
+							t.Fatalf("what was begun is thrown away: %v", took)
+						}
+						if leader := c.leader(); leader != nil {
+							c.stop(leader.name)
+							time.Sleep(time.Duration(random.IntN(3000)) * time.Millisecond)
+							c.start(leader.member())
+						}
+					case <-time.After(30 * time.Second):
+						still = true
+					}
+				}
+				t.Log("killed after", took)
+				c.await(time.Second, "rebuilding", without("n2"))
+				c.check()
+				c.start(n.member())
+				c.await(time.Minute, "going home", with("n2"))
+				c.check()
+			})
+		})
+	}
+}
+
+// restart stops all nodes and starts them with another configuration.
+func (c *testCluster) restart(tune func(*Config)) {
+	var members []Member
+	for name, n := range c.nodes {
+		members = append(members, n.member())
+		c.stop(name)
+	}
+	c.tune = tune
+	for _, m := range members {
+		c.start(m)
+	}
+}
+
+// A leader counts only the silence that it has heard itself.
+func TestANewLeaderCallsNobodyDownTooSoon(t *testing.T) {
+	bubble(t, 4, consistent(3, 3, WitnessesNone), func(t *testing.T, c *testCluster) {
+		c.await(30*time.Second, "founding", home)
+		silent := "n4"
+		if c.leader().name == silent {
+			silent = "n1"
+		}
+		c.stop(silent)
+		time.Sleep(25 * time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		old := c.leader()
+		heir := ""
+		for name := range c.nodes {
+			if name != old.name {
+				heir = name
+			}
+		}
+		if err := old.group0.TransferLeadership(ctx, heir); err != nil {
+			t.Fatal(err)
+		}
+		changed := time.Now()
+		c.await(60*time.Second, "rebuilding", func(m *Map, o Overview) bool {
+			for _, n := range o.Nodes {
+				if n.Name == silent && n.State == nodeDown && time.Since(changed) < 30*time.Second {
+					t.Errorf("%s is down after %v", silent, time.Since(changed))
+				}
+			}
+			return without(silent)(m, o)
+		})
+		if leader := c.leader(); leader == old {
+			t.Error("the leader is the old one")
+		}
+	})
+}
+
+func TestAMemberIsDrainedAndLeaves(t *testing.T) {
+	bubble(t, 4, consistent(6, 3, WitnessesNone), func(t *testing.T, c *testCluster) {
+		c.await(30*time.Second, "founding", home)
+		c.fill()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		leader := c.leader()
+		if err := leader.reconciler.Leave(ctx, "n9", false); !errors.Is(err, ErrUnknownMember) {
+			t.Errorf("a stranger leaves: %v", err)
+		}
+		// The leader of group 0 itself, which has to hand everything over.
+		for range 2 {
+			if err := leader.reconciler.Leave(ctx, leader.name, false); err != nil {
+				t.Fatal(err)
+			}
+		}
+		took := c.await(30*time.Second, "leaving", func(m *Map, o Overview) bool {
+			_, in := m.Member(leader.name)
+			return !in && home(m, o)
+		})
+		t.Log("left after", took)
+		c.stop(leader.name)
+		c.check()
+		// Three are left, and each shard has three copies.
+		leader = c.leader()
+		victim := "n1"
+		if c.nodes[victim] == nil || leader.name == victim {
+			victim = "n2"
+		}
+		if err := leader.reconciler.Leave(ctx, victim, false); !errors.Is(err, ErrTooFew) {
+			t.Errorf("the third last leaves: %v", err)
+		}
+		if err := leader.reconciler.Leave(ctx, victim, true); err != nil {
+			t.Errorf("by force: %v", err)
+		}
+		c.await(30*time.Second, "leaving by force", func(m *Map, o Overview) bool {
+			return len(m.Members) == 2 && home(m, o)
+		})
+		c.stop(victim)
+		c.check()
+	})
+}
+
+func TestAMemberThatIsNeededCannotLeave(t *testing.T) {
+	bubble(t, 3, nil, func(t *testing.T, c *testCluster) {
+		c.await(30*time.Second, "founding", func(m *Map, o Overview) bool { return len(m.Members) == 3 })
+		leader := c.leader()
+		var others []string
+		for name := range c.nodes {
+			if name != leader.name {
+				others = append(others, name)
+			}
+		}
+		c.stop(others[0])
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		time.Sleep(5 * time.Second)
+		if err := leader.reconciler.Leave(ctx, others[1], true); !errors.Is(err, ErrQuorum) {
+			t.Errorf("of three, of which one is dead, a live one leaves: %v", err)
+		}
+		if err := leader.reconciler.Leave(ctx, others[0], false); err != nil {
+			t.Errorf("the dead one leaves: %v", err)
+		}
+		c.await(30*time.Second, "leaving", func(m *Map, o Overview) bool { return len(m.Members) == 2 })
+		if members := leader.group0.Status().Members; len(members) != 2 {
+			t.Errorf("members %+v", members)
+		}
+	})
+}
+
+// join starts a node that is no founder.
+func (c *testCluster) join(name string, incarnation uint64, weight float64) *testNode {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	m, _, err := c.leader().reconciler.Join(ctx, name, incarnation, weight)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	m.Weight = weight
+	return c.start(m)
+}
+
+func TestANodeJoinsAndReplacesAnother(t *testing.T) {
+	bubble(t, 3, consistent(6, 3, WitnessesNone), func(t *testing.T, c *testCluster) {
+		c.await(30*time.Second, "founding", home)
+		c.fill()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		leader := c.leader()
+		if err := leader.reconciler.ReplaceMember(ctx, "n1", "n4"); !errors.Is(err, ErrUnknownMember) {
+			t.Errorf("replaced by a stranger: %v", err)
+		}
+		n4 := c.join("n4", 1, 1)
+		if again, _, err := leader.reconciler.Join(ctx, "n4", 1, 1); err != nil || again.Replica != n4.replica {
+			t.Errorf("joins again: %+v, %v", again, err)
+		}
+		if _, _, err := leader.reconciler.Join(ctx, "n4", 2, 1); !errors.Is(err, ErrMemberExists) {
+			t.Errorf("another one joins under its name: %v", err)
+		}
+		t.Log("joined after", c.await(30*time.Second, "joining", with("n4")))
+		out := "n1"
+		if leader.name == out {
+			out = "n2"
+		}
+		if err := c.leader().reconciler.ReplaceMember(ctx, out, "n4"); err != nil {
+			t.Fatal(err)
+		}
+		c.await(30*time.Second, "replacing", func(m *Map, o Overview) bool {
+			_, in := m.Member(out)
+			return !in && home(m, o)
+		})
+		c.check()
+		// The same name later is another replica.
+		former := c.nodes[out].replica
+		c.stop(out)
+		if n := c.join(out, 2, 1); n.replica == former {
+			t.Errorf("%s is used again", former)
+		}
+		c.await(30*time.Second, "joining again", with(out))
+	})
+}
+
+// A node that lost its directory gets new replicas where it had them.
+func TestAWipedNodesReplicasAreRebuilt(t *testing.T) {
+	bubble(t, 3, consistent(4, 3, WitnessesNone), func(t *testing.T, c *testCluster) {
+		c.await(30*time.Second, "founding", home)
+		c.fill()
+		wiped := c.nodes["n2"]
+		c.stop("n2")
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		for c.leader() == nil {
+			time.Sleep(100 * time.Millisecond)
+		}
+		next, err := c.leader().reconciler.Replace(ctx, Member{Name: "n2", Incarnation: 1, Replica: wiped.replica}, 2)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.start(next)
+		t.Log("rebuilt after", c.await(30*time.Second, "rebuilding", func(m *Map, o Overview) bool {
+			for _, s := range m.Shards {
+				for _, r := range s.Replicas {
+					if r.Node() == "n2" && r.Incarnation != 2 {
+						return false
+					}
+				}
+			}
+			return home(m, o)
 		}))
-		c.start(n.member())
-		t.Log("home after", c.await(20*time.Second, "going home", func(m *Map, o Overview) bool {
-			return home(m, o) && on(o, "n3") > 0
-		}))
-		if v := c.get(1, "k"); v != "v" {
-			t.Errorf("k is %q", v)
+		c.check()
+	})
+}
+
+// A replica whose files are damaged is rebuilt though its node lives.
+func TestALostReplicaIsRebuilt(t *testing.T) {
+	bubble(t, 3, consistent(2, 3, WitnessesNone), func(t *testing.T, c *testCluster) {
+		c.await(30*time.Second, "founding", home)
+		c.fill()
+		n := c.nodes["n2"]
+		var lost ReplicaRef
+		for ref, replica := range n.Replicas() {
+			if ref.Group == 1 {
+				lost = ref
+				n.mu.Lock()
+				delete(n.open, ref)
+				n.lost = append(n.lost, ref)
+				n.mu.Unlock()
+				if err := replica.Close(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		n.reconciler.Nudge()
+		c.await(30*time.Second, "rebuilding", func(m *Map, o Overview) bool {
+			s, _ := m.shardOf(1)
+			return home(m, o) && !slices.ContainsFunc(s.Replicas, func(r Replica) bool { return r.ID == lost.ID })
+		})
+		c.check()
+	})
+}
+
+func TestAHeavierNodeGetsMoreShards(t *testing.T) {
+	bubble(t, 4, consistent(12, 2, WitnessesNone), func(t *testing.T, c *testCluster) {
+		c.await(30*time.Second, "founding", home)
+		before := 0
+		c.await(time.Second, "counting", func(m *Map, o Overview) bool { before = on(o, "n1"); return true })
+		m := c.nodes["n1"].member()
+		c.stop("n1")
+		m.Weight = 3
+		c.start(m)
+		c.await(30*time.Second, "moving", func(m *Map, o Overview) bool {
+			n1, _ := m.Member("n1")
+			return n1.Weight == 3 && home(m, o) && on(o, "n1") > before
+		})
+	})
+}
+
+// What a leader remembers that has been replaced deletes no replica.
+func TestOnlyAConfirmedLeaderLetsAReplicaBeDeleted(t *testing.T) {
+	bubble(t, 3, consistent(1, 3, WitnessesNone), func(t *testing.T, c *testCluster) {
+		c.await(30*time.Second, "founding", home)
+		old := c.at(1)
+		if err := confirmExcluded(context.Background(), old, "n9/9"); err != nil {
+			t.Errorf("a stranger is no member: %v", err)
+		}
+		if err := confirmExcluded(context.Background(), old, old.Status().Replica); err == nil {
+			t.Error("a member is none")
+		}
+		c.network.Isolate(Replica{ID: old.Status().Replica}.Node())
+		time.Sleep(time.Millisecond) // what was answered before proves nothing
+		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+		defer cancel()
+		if err := confirmExcluded(ctx, old, "n9/9"); err == nil {
+			t.Error("a leader that nobody follows any more knows who is a member")
+		}
+		c.network.HealAll()
+		time.Sleep(5 * time.Second)
+	})
+}
+
+// Of a leader of group 0 that has been replaced no step is taken.
+func TestAStepOfAFormerLeaderIsRefused(t *testing.T) {
+	bubble(t, 3, consistent(1, 3, WitnessesNone), func(t *testing.T, c *testCluster) {
+		c.await(30*time.Second, "founding", home)
+		n := c.nodes[Replica{ID: c.at(1).Status().Replica}.Node()]
+		status := c.at(1).Status()
+		step := ShardStep{Action: AddLearner, Group: 1, Replica: "n9/9", Node: "n9", Role: Data, Prev: status.ConfigurationIndex}
+		term := n.group0.Leader().Term
+		if _, err := n.reconciler.obey(context.Background(), stepRequest{Term: term - 1, Step: step}); !errors.Is(err, errStaleStep) {
+			t.Errorf("obeyed a former leader: %v", err)
+		}
+		if got := c.at(1).Status().ConfigurationIndex; got != status.ConfigurationIndex {
+			t.Error("and changed the group")
+		}
+		if _, err := n.reconciler.obey(context.Background(), stepRequest{Term: term, Step: step}); err != nil {
+			t.Errorf("refused the present one: %v", err)
 		}
 	})
 }
