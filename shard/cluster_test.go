@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/protobuf/proto"
 
@@ -29,6 +30,7 @@ type cluster struct {
 	replicas map[string]*Replica
 	nodes    map[string]*transport.Transport
 	logs     map[string]*testLog
+	metrics  *prometheus.Registry // of the nodes' transports
 	fatal    atomic.Pointer[error]
 	tune     func(*Config)
 }
@@ -38,7 +40,7 @@ func bubble(t *testing.T, n int, tune func(*Config), test func(c *cluster)) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
 		c := &cluster{
-			t: t, dir: dir, network: transport.NewMemoryNetwork(), tune: tune,
+			t: t, dir: dir, network: transport.NewMemoryNetwork(), tune: tune, metrics: prometheus.NewRegistry(),
 			replicas: make(map[string]*Replica), nodes: make(map[string]*transport.Transport), logs: make(map[string]*testLog),
 		}
 		for i := range n {
@@ -76,7 +78,8 @@ func (c *cluster) start(name string, number int, bootstrap *raft.Configuration) 
 	node, err := transport.New(transport.Config{
 		Identity: func() transport.Peer { return transport.Peer{ClusterID: 7, Node: name, Incarnation: 1} },
 		Listener: listener, Dial: c.network.Dialer(name),
-		Resolve: func(node string) (string, bool) { return node, true },
+		Resolve:    func(node string) (string, bool) { return node, true },
+		Registerer: prometheus.WrapRegistererWith(prometheus.Labels{"node": name}, c.metrics),
 	})
 	if err != nil {
 		c.t.Fatal(err)

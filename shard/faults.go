@@ -96,7 +96,7 @@ func (f *fastPath) receive() {
 			f.mu.Lock()
 			handler := f.handler
 			f.mu.Unlock()
-			if handler != nil && isHeartbeat(rpc) {
+			if req, ok := rpc.Command.(*raft.AppendEntriesRequest); ok && handler != nil && isHeartbeat(req) {
 				handler(rpc)
 				continue
 			}
@@ -129,9 +129,4 @@ func (f *fastPath) forward() {
 			return
 		}
 	}
-}
-
-func isHeartbeat(rpc raft.RPC) bool {
-	r, ok := rpc.Command.(*raft.AppendEntriesRequest)
-	return ok && r.PrevLogEntry == 0 && len(r.Entries) == 0 && r.LeaderCommitIndex == 0
 }

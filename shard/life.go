@@ -19,7 +19,7 @@ import (
 type life struct {
 	r         *Replica
 	raft      *raft.Raft
-	transport Transport
+	transport *pacedTransport
 	state     *state
 	snapshots *snapshot.Store
 	proposer  *proposer
@@ -30,7 +30,8 @@ type life struct {
 	role   atomic.Pointer[epoch] // this replica's leadership; nil = follower
 	halted atomic.Bool           // the state machine refused an entry
 
-	advancing atomic.Bool // a follower is being told of a commit
+	committed chan struct{} // capacity 1: entries were applied while leading
+	advancing atomic.Bool   // a follower is being told of a commit
 
 	ctx      context.Context // ends with this life
 	cancel   context.CancelFunc
@@ -65,9 +66,10 @@ func (r *Replica) startLife(st *state, bootstrap *raft.Configuration) error {
 		transport = newFastPath(transport)
 	}
 	l := &life{
-		r: r, transport: transport, state: st,
+		r: r, transport: newPacedTransport(transport, r.cfg.HeartbeatTimeout/heartbeats), state: st,
 		snapshots: snapshot.NewStore(st.store, snapshot.Config{Limit: r.cfg.Streams, Logger: r.slog, Registerer: r.registry.registerer()}),
 		notify:    make(chan bool, 64),
+		committed: make(chan struct{}, 1),
 		tail:      newTail(r.cfg),
 	}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
@@ -79,17 +81,21 @@ func (r *Replica) startLife(st *state, bootstrap *raft.Configuration) error {
 	if err := r.bootstrap(conf, l, bootstrap); err != nil {
 		return errors.Join(err, transport.Close())
 	}
-	l.raft, err = raft.NewRaft(conf, &machine{l: l}, settledLog{r.log, l}, r.log, l.snapshots, transport)
+	l.raft, err = raft.NewRaft(conf, &machine{l: l}, settledLog{r.log, l}, r.log, l.snapshots, l.transport)
 	if err != nil {
 		return errors.Join(fmt.Errorf("shard: open raft: %w", err), transport.Close())
 	}
 	r.life.Store(l)
-	for _, task := range []func(){l.watchLeadership, l.watchObservations, l.proposer.run, l.proposer.complete, l.reads.run, l.watchState, l.watchDisk, l.watchTail} {
+	for _, task := range []func(){l.watchLeadership, l.watchObservations, l.proposer.run, l.proposer.complete, l.reads.run, l.watchState, l.watchDisk, l.watchTail, l.tellFollowers} {
 		l.tasks.Go(task)
 	}
 	r.changed.fire()
 	return nil
 }
+
+// heartbeats is how many a leader sends in a HeartbeatTimeout. A follower that
+// misses them asks the others before it stands, and they know better.
+const heartbeats = 3
 
 func (r *Replica) raftConfig(notify chan bool) *raft.Config {
 	conf := raft.DefaultConfig()
@@ -99,7 +105,9 @@ func (r *Replica) raftConfig(notify chan bool) *raft.Config {
 	// No read trusts this lease: it only makes a leader without followers give
 	// up, and on a busy machine it should not be quick to.
 	conf.LeaderLeaseTimeout = r.cfg.HeartbeatTimeout
-	conf.CommitTimeout = min(50*time.Millisecond, r.cfg.HeartbeatTimeout/10)
+	// How often replication looks for something to do by itself: it tells of
+	// commits (tellFollowers is quicker) and tries again what has failed.
+	conf.CommitTimeout = min(500*time.Millisecond, r.cfg.HeartbeatTimeout/2)
 	conf.BatchApplyCh = true
 	conf.MaxAppendEntries = 64
 	conf.NoSnapshotRestoreOnStart = true

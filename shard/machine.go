@@ -49,6 +49,12 @@ func (m *machine) ApplyBatch(entries []*raft.Log) []any {
 		answers[i] = applied{term: entry.Term, results: results}
 	}
 	m.l.r.metrics.applySeconds.Observe(time.Since(start).Seconds())
+	if m.l.role.Load() != nil {
+		select {
+		case m.l.committed <- struct{}{}:
+		default:
+		}
+	}
 	return answers
 }
 

@@ -275,8 +275,8 @@ func voterOn(c raft.Configuration, node string) (raft.ServerID, bool) {
 }
 
 // AdvanceFollower tells the follower on a node at once that index is
-// committed, if it has that entry. Raft itself tells with the next entries or
-// heartbeat, which would make a lone linearizable read on a follower wait.
+// committed, if it has that entry. Otherwise it is told with the next entries,
+// or a little later, and a lone linearizable read on a follower would wait.
 func (r *Replica) AdvanceFollower(node string, index uint64) {
 	l := r.life.Load()
 	e := l.role.Load()
@@ -302,13 +302,6 @@ func (r *Replica) AdvanceFollower(node string, index uint64) {
 	l.tasks.Go(func() {
 		defer l.proposer.open.Done()
 		defer l.advancing.Store(false)
-		self := []byte(r.cfg.Replica)
-		req := &raft.AppendEntriesRequest{
-			RPCHeader:    raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: self, Addr: self},
-			Term:         e.term,
-			PrevLogEntry: index, PrevLogTerm: entry.Term,
-			LeaderCommitIndex: index,
-		}
-		_ = l.transport.AppendEntries(id, raft.ServerAddress(id), req, new(raft.AppendEntriesResponse))
+		l.sendCommit(e, id, index, entry.Term)
 	})
 }

@@ -151,9 +151,13 @@ func (q *reads) run() {
 	retry := time.NewTimer(kickAgain)
 	defer retry.Stop()
 	for {
+		var acked <-chan struct{} // nobody wakes up for the heartbeats of an idle group
+		if q.pending() {
+			acked = q.l.transport.AckNotify()
+		}
 		select {
 		case <-q.wake:
-		case <-q.l.transport.AckNotify():
+		case <-acked:
 		case <-retry.C:
 		case <-q.l.done:
 			return
@@ -173,6 +177,7 @@ func (q *reads) kick() {
 		return
 	}
 	q.kicks.Add(1)
+	q.l.transport.hurry()
 	q.l.tasks.Go(func() {
 		defer q.l.proposer.open.Done()
 		defer q.kicks.Add(-1)

@@ -19,15 +19,17 @@ func (l *life) watchState() {
 // write, but its heartbeats go on and would keep a leader that cannot commit
 // in office. Silencing the transport lets the others elect a new one.
 func (l *life) watchDisk() {
-	ticker := time.NewTicker(max(l.r.cfg.DiskStepDown/10, 10*time.Millisecond))
-	defer ticker.Stop()
+	interval := max(l.r.cfg.DiskStepDown/10, 10*time.Millisecond)
+	timer := time.NewTimer(untilBeat(interval))
+	defer timer.Stop()
 	silent := false
 	for {
 		select {
-		case <-ticker.C:
+		case <-timer.C:
 		case <-l.done:
 			return
 		}
+		timer.Reset(untilBeat(interval))
 		if err := l.r.log.Err(); err != nil {
 			l.r.fail(err)
 			return
