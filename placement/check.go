@@ -141,6 +141,9 @@ func (c checker) checkPromote(m shard.Member) string {
 			return fmt.Sprintf("%s on its node votes", other.ID)
 		}
 	}
+	if data := c.count("", isDataVoter); RoleOf(m.ID) == Witness && !dataInEveryQuorum(data, len(c.voters)+1) {
+		return fmt.Sprintf("with it, a quorum could be without any of the %d data replicas", data)
+	}
 	ready := c.count("", func(m shard.Member) bool { return c.caughtUp(m.ID) }) + 1
 	if 2*ready <= len(c.voters)+1 {
 		return fmt.Sprintf("only %d of %d voters would live and have caught up", ready, len(c.voters)+1)
@@ -175,10 +178,12 @@ func (c checker) checkRemove(step ShardStep, m shard.Member, twice bool) string 
 	return ""
 }
 
-// followed reports whether a learner on the same node is ready to take over.
+// followed reports whether a learner is ready to take over: on the same node,
+// or anywhere from a replica that does not answer. Whether that one is lost for
+// ever, so that this is right, the leader cannot know.
 func (c checker) followed(m shard.Member) bool {
 	for _, other := range c.member {
-		if other.Node == m.Node && !other.Voter && c.caughtUp(other.ID) {
+		if !other.Voter && c.caughtUp(other.ID) && (other.Node == m.Node || !c.alive(m.ID)) {
 			return true
 		}
 	}

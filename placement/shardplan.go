@@ -34,7 +34,8 @@ type standing struct {
 	reported bool
 	used     bool // has had entries
 	alive    bool // has answered its leader lately; of no member: has reported
-	caughtUp bool // and has, by measurement, all but the very latest entries
+	filled   bool // and has, by measurement, all but the very latest entries
+	caughtUp bool // and may have a vote: its log begins early enough
 	first    uint64
 	last     uint64 // known to be in its log
 	match    uint64
@@ -71,7 +72,7 @@ func newShardPlan(v *ClusterView, s Shard) *shardPlan {
 		p.measure(r)
 	}
 	for _, r := range p.replicas {
-		r.caughtUp = r.caughtUp && (r.role == Data || p.reaches(r))
+		r.caughtUp = r.filled && (r.role == Data || r.voter || !slices.ContainsFunc(p.replicas, func(d *standing) bool { return p.tooLateFor(r, d) }))
 	}
 	for _, slot := range p.target {
 		if r := p.best(slot); r != nil {
@@ -93,8 +94,12 @@ func (p *shardPlan) judge(r *standing, incarnation uint64) {
 func (p *shardPlan) measure(r *standing) {
 	report, reported := p.group.Reports[r.id]
 	r.reported = reported
-	r.used = report.Last > 0 || report.Applied > 0
-	r.first, r.last, r.applied = report.First, report.Last, report.Applied
+	r.applied, r.last = report.Applied, max(report.Last, report.Applied)
+	r.used = r.last > 0
+	r.first = report.First
+	if report.First == 0 && r.used {
+		r.first = r.last + 1 // nothing is in the log: it goes on after a snapshot
+	}
 	nodeAlive := p.view.Nodes[r.node].Alive
 	if !p.led() || !r.member {
 		r.alive = nodeAlive && reported && !r.lost
@@ -102,13 +107,13 @@ func (p *shardPlan) measure(r *standing) {
 	}
 	leader := p.group.Leader
 	if r.id == leader.Replica {
-		r.alive, r.caughtUp, r.match, r.last = true, true, leader.Last, leader.Last
+		r.alive, r.filled, r.match, r.last = true, true, leader.Last, leader.Last
 		return
 	}
 	f, followed := leader.Leading.Followers[r.id]
 	r.match, r.last = f.Match, max(r.last, f.Match)
 	r.alive = nodeAlive && !r.lost && followed && f.Acked >= 0 && f.Acked <= p.view.Limits.Acked
-	r.caughtUp = r.alive && reported && near(f.Match, leader.Commit) && hasApplied(report, leader.Commit) || p.view.faults.promoteUnmeasured
+	r.filled = r.alive && reported && near(f.Match, leader.Commit) && hasApplied(report, leader.Commit) || p.view.faults.promoteUnmeasured
 }
 
 const (
@@ -127,21 +132,14 @@ func near(match, commit uint64) bool { return match > 0 && match+maxLag >= commi
 // hasApplied reports whether a replica applies what it has. Its report is older
 // than the leader's measurement, so under load it is judged by its own log.
 func hasApplied(report GroupReport, commit uint64) bool {
-	return report.Last > 0 && report.Applied+maxLag >= min(report.Last, commit) && report.Last+maxReportLag >= commit
+	last := max(report.Last, report.Applied)
+	return last > 0 && report.Applied+maxLag >= min(last, commit) && last+maxReportLag >= commit
 }
 
-// reaches reports whether the witness's log begins early enough to bring every
-// data replica that votes and may come back up to date.
-func (p *shardPlan) reaches(w *standing) bool {
-	if p.view.faults.gapBeforeWitness || w.id == p.leaderID() {
-		return true
-	}
-	for _, r := range p.replicas {
-		if r.role == Data && r.voter && !r.lost && (w.first == 0 || w.first > r.last+1) {
-			return false
-		}
-	}
-	return true
+// tooLateFor reports whether the witness's log begins after what d lacks, a data
+// replica that votes and may come back: the witness could not bring it up to date.
+func (p *shardPlan) tooLateFor(w, d *standing) bool {
+	return d.role == Data && d.voter && !d.lost && (w.first == 0 || w.first > d.last+1) && !p.view.faults.gapBeforeWitness
 }
 
 // best is the replica that fills the slot: the one that is furthest on its way.
@@ -195,6 +193,8 @@ func isData(r *standing) bool     { return r.role == Data }
 func isWanted(r *standing) bool   { return r.wanted }
 func isAlive(r *standing) bool    { return r.alive }
 func isCaughtUp(r *standing) bool { return r.caughtUp }
+func isNext(r *standing) bool     { return r.wanted && r.member && !r.voter && r.caughtUp }
+func keepsFiles(r *standing) bool { return !r.lost }
 func stays(r *standing) bool      { return r.staying && !r.lost }
 
 func but(x *standing) func(*standing) bool { return func(r *standing) bool { return r != x } }
@@ -225,7 +225,7 @@ func (p *shardPlan) next(t *traffic) *ShardStep {
 		p.wait("%s cannot be removed yet: too few of the other voters live and have caught up", second.id)
 		return nil
 	}
-	for _, find := range []func(*traffic) *ShardStep{p.dropLearner, p.promote, p.remove, p.addLearner, p.create, p.forget, p.transfer} {
+	for _, find := range []func(*traffic) *ShardStep{p.dropLearner, p.replaceLost, p.promote, p.remove, p.addLearner, p.create, p.forget, p.transfer} {
 		if step := find(t); step != nil {
 			return step
 		}
@@ -255,6 +255,10 @@ func (p *shardPlan) step(action Action, r *standing, why string, args ...any) *S
 func (p *shardPlan) majorityWithout(x *standing) bool {
 	return 2*p.count(isVoter, isCaughtUp, but(x)) > p.count(isVoter, but(x)) || p.view.faults.ignoreQuorum
 }
+
+// dataInEveryQuorum reports whether as many voters as a group can do without
+// cannot be all that have the data.
+func dataInEveryQuorum(data, voters int) bool { return data > voters-(voters/2+1) }
 
 // majorityWith is the same once the learner x votes.
 func (p *shardPlan) majorityWith(x *standing) bool {
@@ -296,6 +300,20 @@ func (p *shardPlan) dropLearner(*traffic) *ShardStep {
 	return nil
 }
 
+// replaceLost takes the vote of a replica that can never answer again, just
+// before the next one gets its own: should that be lost too, then right after
+// its promotion, the others are still a quorum.
+func (p *shardPlan) replaceLost(*traffic) *ShardStep {
+	for _, replaced := range []func(*standing) bool{p.followed, p.replaced} {
+		for _, r := range p.replicas {
+			if r.voter && r.lost && replaced(r) && p.majorityWithout(r) {
+				return p.step(Remove, r, "%s can never answer again, because %s, and a replica that takes its place has caught up", r.id, p.reason(r))
+			}
+		}
+	}
+	return nil
+}
+
 func (p *shardPlan) promote(*traffic) *ShardStep {
 	for _, role := range []Role{Data, Witness} {
 		for _, r := range p.replicas {
@@ -308,6 +326,8 @@ func (p *shardPlan) promote(*traffic) *ShardStep {
 				p.waitToCatchUp(r)
 			case beside != nil && (beside.lost || beside.role == Data || r.role == Witness):
 				// That one leaves first (remove).
+			case r.role == Witness && !dataInEveryQuorum(p.count(isVoter, isData, keepsFiles), p.count(isVoter)+1):
+				p.wait("%s has caught up, but gets its vote only when there are more data replicas", r.id)
 			case !p.majorityWith(r):
 				p.wait("%s has caught up, but too few of the voters live and have caught up for it to get a vote", r.id)
 			default:
@@ -322,7 +342,7 @@ func (p *shardPlan) waitToCatchUp(r *standing) {
 	switch {
 	case !r.alive:
 		p.wait("%s does not answer the leader and cannot catch up", r.id)
-	case r.role == Witness && !p.reaches(r):
+	case r.filled:
 		p.wait("%s begins its log after what a data replica still needs: it gets a vote when those have caught up or been replaced", r.id)
 	default:
 		p.wait("%s is catching up: log %d of %d, %d applied", r.id, r.match, p.group.Leader.Commit, r.applied)
@@ -367,32 +387,46 @@ func (p *shardPlan) needed(r *standing) string {
 	}
 	f := p.view.faults
 	copies := p.count(isVoter, isData, isWanted, isCaughtUp)
-	replaced := p.replacedOnItsNode(r)
+	enough := p.count(isVoter, stays, but(r)) >= p.data+p.witnesses // and if there were an even number, they bear as many failures
 	switch {
-	case r.lost && replaced:
-		return ""
 	case r.role == Data && !r.gone && copies < p.data && !f.lowerCopies:
 		return fmt.Sprintf("%d of the %d data replicas that shall remain live and have caught up", copies, p.data)
-	case replaced:
+	case p.replaced(r), r.gone && copies >= p.data && p.keepsOut(r):
 		return ""
 	case r.role == Data && r.gone && p.count(isVoter, isData, stays, but(r)) < p.data && !f.removeEarly:
 		return fmt.Sprintf("nothing replaces it yet, and the shard shall have %d data replicas", p.data)
-	case r.alive && !p.complete() && !f.lowerCopies:
+	case r.alive && !p.complete() && !(enough && p.count(isVoter)%2 == 0) && !f.lowerCopies:
 		return "not all replicas that are wanted have a vote, live and have caught up"
-	case !r.alive && p.count(isVoter, stays, but(r)) < p.data+p.witnesses && !f.removeEarly:
+	case !r.alive && !enough && !f.removeEarly:
 		return fmt.Sprintf("nothing replaces it yet, and the shard shall have %d voters", p.data+p.witnesses)
 	}
 	return ""
 }
 
-// replacedOnItsNode reports whether a wanted learner on r's node has caught up,
-// which is to get its vote right after r has lost its own, so that the node
-// never has two. A data replica beside a witness that lives is the exception: it
-// gets its vote first (secondVote).
-func (p *shardPlan) replacedOnItsNode(r *standing) bool {
-	return slices.ContainsFunc(p.replicas, func(next *standing) bool {
+// followed reports whether a wanted learner on r's node has caught up. It is to
+// get its vote right after r has lost its own, so that the node never has two.
+// A data replica beside a witness that lives is the exception: it gets its vote
+// first (secondVote).
+func (p *shardPlan) followed(r *standing) bool {
+	return p.count(isNext, func(next *standing) bool {
 		upgrade := r.role == Witness && next.role == Data && !r.lost
-		return next.node == r.node && next.wanted && next.member && !next.voter && next.caughtUp && !upgrade
+		return next.node == r.node && !upgrade
+	}) > 0
+}
+
+// replaced reports whether r is followed, or is lost and learners that have
+// caught up make up for it.
+func (p *shardPlan) replaced(r *standing) bool {
+	voters := p.count(isVoter, but(r)) + p.count(isNext)
+	data := p.count(isVoter, isData, but(r)) + p.count(isNext, isData)
+	return p.followed(r) || r.lost && p.count(isNext) > 0 && voters >= p.data+p.witnesses && data >= p.data
+}
+
+// keepsOut reports whether a witness could get its vote if r did not count on it:
+// r is gone and its last index too low or unknown.
+func (p *shardPlan) keepsOut(r *standing) bool {
+	return slices.ContainsFunc(p.replicas, func(w *standing) bool {
+		return w.role == Witness && w.wanted && w.member && !w.voter && w.filled && p.tooLateFor(w, r)
 	})
 }
 
@@ -433,7 +467,7 @@ func (p *shardPlan) create(t *traffic) *ShardStep {
 					continue
 				}
 			}
-			return p.step(Create, &standing{node: slot.Node, role: slot.Role}, "the ring wants a %s replica on %s%s", slot.Role, slot.Node, p.because())
+			return p.step(Create, &standing{node: slot.Node, role: slot.Role}, "the ring wants a %s replica on %s%s", slot.Role, slot.Node, p.because(slot.Node))
 		}
 	}
 	return nil
@@ -502,10 +536,10 @@ func (p *shardPlan) reason(r *standing) string {
 	return "the ring prefers other nodes"
 }
 
-// because says why a new replica is needed, in a clause or none.
-func (p *shardPlan) because() string {
+// because says why a new replica is needed on the node, in a clause.
+func (p *shardPlan) because(node string) string {
 	for _, r := range p.replicas {
-		if r.voter && !r.wanted {
+		if r.voter && !r.wanted && r.node != node {
 			return fmt.Sprintf(", because %s (%s)", p.reason(r), r.id)
 		}
 	}
@@ -514,7 +548,7 @@ func (p *shardPlan) because() string {
 
 // without says what a group is without a replica.
 func (p *shardPlan) without(r *standing) string {
-	if p.replacedOnItsNode(r) {
+	if p.replaced(r) {
 		return "the replica that follows it on " + r.node + " has caught up"
 	}
 	return fmt.Sprintf("the shard has %d data replicas that live and %d voters without it", p.count(isVoter, isData, isCaughtUp, but(r)), p.count(isVoter, but(r)))
