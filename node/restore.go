@@ -64,7 +64,11 @@ func restoreInto(ctx context.Context, dir string, set bootstrap.Settings, backup
 		return meta, err
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
-	staged, err := snapshot.Stage(ctx, backup, dir)
+	group := filepath.Join(dir, "groups", "0") // a staged file can only be renamed within its directory
+	if err := os.MkdirAll(group, 0o700); err != nil {
+		return meta, err
+	}
+	staged, err := snapshot.Stage(ctx, backup, group)
 	if err != nil {
 		return meta, err
 	}
@@ -92,9 +96,6 @@ func (r restoration) full(staged *snapshot.Staged) error {
 	id := r.member().Replica
 	group := filepath.Join(r.path, "groups", "0")
 	state := filepath.Join(group, shard.StateFile)
-	if err := os.MkdirAll(group, 0o700); err != nil {
-		return err
-	}
 	if err := staged.Commit(state); err != nil {
 		return err
 	}
@@ -135,9 +136,6 @@ const shardsAtOnce = 64
 func (r restoration) map0(founding fsm.Request) (err error) {
 	id := r.member().Replica
 	group := filepath.Join(r.path, "groups", "0")
-	if err := os.MkdirAll(group, 0o700); err != nil {
-		return err
-	}
 	first := r.first(group0, id)
 	state, err := fsm.Open(fsm.Config{Path: filepath.Join(group, shard.StateFile), Group: group0, ClusterID: first.ClusterID})
 	if err != nil {
