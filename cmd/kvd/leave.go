@@ -31,7 +31,8 @@ not the leaving; the same command waits again.
 It is refused while the nodes that are left are fewer than the replication factor, or too few to go on at all. --force
 lifts the first of these.
 
-When the node has left, stop its process and delete its directory. To come back, it joins with --join as a new node.`,
+When the node has left, its process ends by itself. To come back, it joins as a new node, with an empty directory and
+--join.`,
 		Args: arguments(1, 1, "the name or the id of a node"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return client.takeOut(cmd, args[0], noWait, func(ctx context.Context, c kvdpb.AdminClient, name string, _ []*pb.Member) error {
@@ -96,7 +97,7 @@ func (o *clientOptions) takeOut(cmd *cobra.Command, node string, noWait bool, be
 	if err := o.awaitLeft(ctx, p, name, endpointsWithout(members, name, o.endpoints)); err != nil {
 		return err
 	}
-	return p.left(name, "left", fmt.Sprintf("%s has left the cluster after %s: stop its process and delete its directory", name, short(time.Since(start))))
+	return p.left(name, "left", fmt.Sprintf("%s has left the cluster after %s: its process ends by itself, its directory can be deleted", name, short(time.Since(start))))
 }
 
 func (o *clientOptions) members(ctx context.Context) (members []*pb.Member, err error) {
