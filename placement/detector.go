@@ -54,15 +54,18 @@ func (o *observations) begin(term uint64) {
 	}
 }
 
-// accept keeps a report, or the part of one that a probe has brought, and
-// returns the floors of the node's witnesses.
-func (o *observations) accept(report Report, whole bool, now time.Time) {
+// accept keeps a report, or the part of one that a probe has brought, and tells
+// whether another plan may follow from it: a group that is at rest only comes
+// further.
+func (o *observations) accept(report Report, whole bool, now time.Time) (news bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	n := o.listen(life{report.Node, report.Incarnation}, now)
+	news = n.heard.IsZero() || now.Sub(n.heard) >= o.suspectAfter
 	n.heard = now
 	before := n.groups
 	if whole {
+		news = news || len(report.Groups) != len(before) || len(report.Lost) > 0 || report.Weight != n.report.Weight
 		n.groups = make(map[ReplicaRef]observedGroup, len(report.Groups))
 		n.report = report
 		n.report.Groups = nil
@@ -70,12 +73,27 @@ func (o *observations) accept(report Report, whole bool, now time.Time) {
 	for _, g := range report.Groups {
 		ref := ReplicaRef{g.Group, g.Replica}
 		changed := now
-		if old, ok := before[ref]; ok && old.progress() == g.progress() {
+		old, ok := before[ref]
+		if ok && old.progress() == g.progress() {
 			changed = old.changed
 		}
+		news = news || !ok || old.shape() != g.shape()
 		n.groups[ref] = observedGroup{g, now, changed}
 		o.durable[ref] = max(o.durable[ref], g.Durable)
 	}
+	return news
+}
+
+// shape is what differs when the group has changed.
+func (g GroupReport) shape() [4]uint64 {
+	s := [4]uint64{g.Term, g.ConfigurationIndex}
+	if g.Leading != nil {
+		s[2] = 1 + uint64(len(g.Leading.Members))
+		if g.Leading.Committed {
+			s[3] = 1
+		}
+	}
+	return s
 }
 
 // progress is what differs when a replica has come further.

@@ -215,11 +215,11 @@ func (r *Reconciler) forgetProgress() {
 	}
 }
 
-// startSteps plans, writes new replicas to the map and begins the other steps.
-// It reports whether the map has changed.
-func (r *Reconciler) startSteps(ctx context.Context, term uint64, view ClusterView, now time.Time) (changed bool, err error) {
+// startSteps writes new replicas to the map and begins the other steps. It
+// reports whether the map has changed.
+func (r *Reconciler) startSteps(ctx context.Context, term uint64, plan []ShardStep, view ClusterView, now time.Time) (changed bool, err error) {
 	var creates []ShardStep
-	for _, step := range PlanShards(view) {
+	for _, step := range plan {
 		switch leader := view.Groups[step.Group].Leader; {
 		case view.tooSoon(step):
 		case step.Action == Create && !r.busy(step.Group):
@@ -319,13 +319,15 @@ func (r *Reconciler) request(ctx context.Context, m *Map, node string, request s
 
 // probe asks the nodes of the groups that are on the move how they get on: an
 // ordinary report would come up to a second later.
-func (r *Reconciler) probe(ctx context.Context, view ClusterView, now time.Time) {
+// It reports whether any group is on the move.
+func (r *Reconciler) probe(view ClusterView, now time.Time) (any bool) {
 	due := make(map[string][]uint64) // groups by node
 	r.mu.Lock()
 	for _, s := range view.Map.Shards {
 		if !r.moving(s, view.Groups[s.Group()], now) {
 			continue
 		}
+		any = true
 		p := r.progress(s.Group())
 		if now.Sub(p.probed) < r.probeInterval(s, p, now) {
 			continue
@@ -349,6 +351,7 @@ func (r *Reconciler) probe(ctx context.Context, view ClusterView, now time.Time)
 	for node, groups := range due {
 		r.tasks.Go(func() { r.probeNode(node, groups) })
 	}
+	return any
 }
 
 func (r *Reconciler) probeNode(node string, groups []uint64) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -76,6 +77,9 @@ type Reconciler struct {
 	wake    chan struct{}       // capacity 1
 	nudged  chan struct{}       // capacity 1
 
+	woken atomic.Bool // since the last plan
+	rest  rest        // the loop's own
+
 	mu        sync.Mutex
 	ring      *ring.Ring // of ringNodes
 	ringNodes []Member
@@ -118,6 +122,7 @@ func (r *Reconciler) Close() {
 }
 
 func (r *Reconciler) wakeUp() {
+	r.woken.Store(true)
 	select {
 	case r.wake <- struct{}{}:
 	default:
@@ -168,6 +173,7 @@ func (r *Reconciler) look(ctx context.Context) (wait time.Duration, err error) {
 	term, leads := r.observing()
 	if !leads {
 		r.forgetProgress()
+		r.rest = rest{}
 		return wait, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
@@ -188,18 +194,39 @@ func (r *Reconciler) look(ctx context.Context) (wait time.Duration, err error) {
 		return min(wait, again), err
 	}
 	r.startGroup0(m, now)
-	if m.Config == nil {
+	if m.Config == nil || r.resting(m, now) {
 		return r.patience(wait, now), nil
 	}
 	view, err := r.view(m, now)
 	if err != nil {
 		return wait, err
 	}
-	if changed, err := r.startSteps(ctx, term, view, now); changed || err != nil {
+	plan := PlanShards(view)
+	if changed, err := r.startSteps(ctx, term, plan, view, now); changed || err != nil {
 		return min(wait, again), err
 	}
-	r.probe(ctx, view, now)
+	moving := r.probe(view, now)
+	r.rest = rest{at: now, quiet: len(plan) == 0 && !moving, revision: m.Revision, nodes: view.Nodes}
 	return r.patience(wait, now), nil
+}
+
+// rest is what the last plan found.
+type rest struct {
+	at       time.Time
+	quiet    bool // nothing to do, and no group on the move
+	revision int64
+	nodes    map[string]NodeView
+}
+
+// mostRest bounds how long nothing is planned because nothing has changed.
+const mostRest = 5 * time.Second
+
+// resting reports whether a plan is not worth making: there was nothing to do,
+// and nothing that matters has changed since.
+func (r *Reconciler) resting(m *Map, now time.Time) bool {
+	woken := r.woken.Swap(false)
+	return r.rest.quiet && !woken && now.Sub(r.rest.at) < mostRest && m.Revision == r.rest.revision &&
+		maps.Equal(r.rest.nodes, r.seen.views(m.Members, now))
 }
 
 // load reads the map from this node's own state: it serves, so the state has

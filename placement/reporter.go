@@ -153,8 +153,9 @@ func (r *Reconciler) accept(report Report) (ReportAnswer, error) {
 	if _, leads := r.observing(); !leads {
 		return ReportAnswer{}, shard.ErrNotLeader
 	}
-	r.seen.accept(report, true, time.Now())
-	r.wakeUp()
+	if r.seen.accept(report, true, time.Now()) {
+		r.wakeUp()
+	}
 	var answer ReportAnswer
 	m := r.current.Load()
 	if m == nil {
