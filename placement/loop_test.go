@@ -414,3 +414,152 @@ func TestAStepOfAFormerLeaderIsRefused(t *testing.T) {
 		}
 	})
 }
+
+// A node that others cannot hear is down, whatever it does; when it is heard
+// again its shards go home.
+func TestAnIsolatedNodesShardsAreRebuiltAndGoHome(t *testing.T) {
+	bubble(t, 4, consistent(4, 3, WitnessesNone), func(t *testing.T, c *testCluster) {
+		c.await(30*time.Second, "founding", home)
+		c.fill()
+		silent := "n1"
+		if c.leader().name == silent {
+			silent = "n2"
+		}
+		c.network.Isolate(silent)
+		c.await(90*time.Second, "rebuilding", without(silent))
+		c.network.HealAll()
+		c.await(30*time.Second, "going home", with(silent))
+		c.check()
+	})
+}
+
+// Votes in the map's group go to nodes that live.
+func TestADownNodesVoteGoesToAnother(t *testing.T) {
+	bubble(t, 6, consistent(1, 3, WitnessesNone), func(t *testing.T, c *testCluster) {
+		voters := func() (names []string) {
+			if leader := c.leader(); leader != nil {
+				for _, m := range leader.group0.Status().Members {
+					if m.Voter {
+						names = append(names, m.Node)
+					}
+				}
+			}
+			return names
+		}
+		c.await(30*time.Second, "founding", home)
+		n7 := c.join("n7", 1, 1)
+		c.await(30*time.Second, "joining", func(m *Map, o Overview) bool { return len(m.Members) == 7 && home(m, o) })
+		if slices.Contains(voters(), n7.name) {
+			t.Fatalf("%s has a vote beside %d founders", n7.name, 6)
+		}
+		for _, name := range []string{"n1", "n2"} {
+			c.stop(name)
+			c.await(90*time.Second, "replacing "+name, func(m *Map, o Overview) bool {
+				return len(voters()) == mapVoters && !slices.Contains(voters(), name)
+			})
+		}
+	})
+}
+
+// chaos stops, isolates and wipes nodes at random, as far as every shard bears
+// it, while clients write.
+type chaos struct {
+	*testCluster
+	random  *rand.Rand
+	away    string // one node at a time
+	member  Member // that was stopped
+	written []int  // by shard, acknowledged
+	events  []string
+}
+
+func (c *chaos) leave(m *Map, o Overview) {
+	name := fmt.Sprintf("n%d", 1+c.random.IntN(len(c.founders)))
+	c.away, c.member = name, c.nodes[name].member()
+	switch c.random.IntN(3) {
+	case 0:
+		c.network.Isolate(name)
+		c.member = Member{}
+	case 1:
+		c.stop(name)
+	default:
+		c.stop(name)
+		c.member.Incarnation++
+	}
+	c.events = append(c.events, fmt.Sprintf("%s leaves as %+v", name, c.member))
+}
+
+func (c *chaos) comeBack() {
+	c.events = append(c.events, c.away+" comes back")
+	defer func() { c.away = "" }()
+	if c.member.Name == "" {
+		c.network.Rejoin(c.away)
+		return
+	}
+	for {
+		leader := c.leader()
+		if leader == nil {
+			time.Sleep(100 * time.Millisecond)
+			continue
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		m, err := leader.reconciler.fresh(ctx)
+		if err == nil {
+			old, _ := m.Member(c.away)
+			if old.Incarnation != c.member.Incarnation {
+				old, err = leader.reconciler.Replace(ctx, old, c.member.Incarnation)
+			}
+			if err == nil {
+				cancel()
+				c.start(old)
+				return
+			}
+		}
+		cancel()
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+func TestShardsOutliveNodes(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	for i := range uint64(2) {
+		t.Run(fmt.Sprint("seed ", seed+i), func(t *testing.T) {
+			bubble(t, 5, consistent(3, 3, WitnessesNone), func(t *testing.T, cluster *testCluster) {
+				cluster.restart(func(cfg *Config) { cfg.DownAfter = 10 * time.Second })
+				c := &chaos{testCluster: cluster, random: rand.New(rand.NewPCG(seed+i, 1)), written: make([]int, 3)}
+				c.await(30*time.Second, "founding", home)
+				for range 12 {
+					if c.away == "" {
+						// Another node may go only when nothing depends on it alone.
+						c.await(3*time.Minute, "rest", func(m *Map, o Overview) bool {
+							if !home(m, o) {
+								return false
+							}
+							c.leave(m, o)
+							return true
+						})
+					} else {
+						c.comeBack()
+					}
+					for range c.random.IntN(8) {
+						n := c.random.IntN(3)
+						c.put(GroupOf(n), "k", fmt.Sprint(c.written[n]+1))
+						c.written[n]++
+						time.Sleep(time.Duration(c.random.IntN(4000)) * time.Millisecond)
+					}
+				}
+				if c.away != "" {
+					c.comeBack()
+				}
+				c.await(3*time.Minute, "going home", home)
+				for n, want := range c.written {
+					if got := c.get(GroupOf(n), "k"); want > 0 && got != fmt.Sprint(want) {
+						t.Errorf("shard %d has %q of %d writes", n, got, want)
+					}
+				}
+				if t.Failed() {
+					t.Log(c.events)
+				}
+			})
+		})
+	}
+}
