@@ -78,7 +78,7 @@ func (s *kv) rangeAcross(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResp
 		return nil, err
 	}
 	resp, err := s.merged(ctx, r, sources)
-	if err == nil && newest > 0 {
+	if err == nil && newest > 0 && !s.router.cfg.faults.shardHeader {
 		resp.Header.Revision = newest // some group may be ahead of it
 	}
 	return resp, err
@@ -117,7 +117,7 @@ func (r *router) sourcesAcross(ctx context.Context, request *pb.RangeRequest) (s
 	for _, g := range c.gates {
 		s := r.newSource(g.group, request, false)
 		s.ask.index, s.ask.current, s.node = g.index, c.revision, g.node
-		if request.Revision <= 0 {
+		if request.Revision <= 0 && !r.cfg.faults.readNewest {
 			s.ask.r.Revision = c.revision
 		}
 		sources = append(sources, s)

@@ -27,18 +27,17 @@ type merge struct {
 }
 
 const (
-	maxFetches   = 16       // pages of one request asked for at a time
-	mergeBytes   = 32 << 20 // what the pages of one request take in sum, about
+	maxFetches   = 16 // pages of one request asked for at a time
 	minTarget    = 32 << 10
 	maxTarget    = 1 << 20
-	firstKeys    = 256 // of a page whose values' size is not known yet
 	marginOfPage = 4
 )
 
 // newMerge expects that limit keys will be taken; 0 or less is all.
 func newMerge(sources []*source, meter *sharedMeter, limit int64) *merge {
-	m := &merge{sources: sources, meter: meter, keys: firstKeys}
-	m.target = max(min(mergeBytes/max(len(sources), 1), maxTarget), minTarget)
+	sizes := sources[0].router.sizes
+	m := &merge{sources: sources, meter: meter, keys: sizes.firstKeys}
+	m.target = max(min(sizes.mergeBytes/len(sources), maxTarget), minTarget)
 	if limit > 0 {
 		// Keys are spread by a hash: most groups have about the same share.
 		share := limit/int64(len(sources)) + 1
@@ -199,6 +198,10 @@ func (h *heads) Pop() any {
 // answer is what one state with all of them would give, but for the order, and
 // the choice by a limit, of keys that sort alike.
 func rangeOf(ctx context.Context, r *pb.RangeRequest, sources []*source, meter *sharedMeter) (*pb.RangeResponse, error) {
+	if sources[0].router.cfg.faults.limitPerShard {
+		r = proto.CloneOf(r)
+		r.Limit *= int64(len(sources))
+	}
 	fetch := fsm.FetchLimit(r)
 	var kvs []*mvccpb.KeyValue
 	var err error

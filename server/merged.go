@@ -71,7 +71,7 @@ func (s *maintenance) mergeShards(ctx context.Context, path string) (err error) 
 			err = lost
 		}
 	}()
-	pageBytes := max(min(backupBytes/len(c.gates), maxPageBytes), minBackupPage)
+	pageBytes := max(min(s.router.sizes.mergeBytes/max(len(c.gates), 1), s.router.sizes.pageBytes), minBackupPage)
 	var sources []fsm.RowsSource
 	for _, g := range c.gates {
 		sources = append(sources, s.rowsOf(g, c.revision, pageBytes))
@@ -85,7 +85,6 @@ func (s *maintenance) mergeShards(ctx context.Context, path string) (err error) 
 
 const (
 	rowsTimeout   = time.Minute // for a group to have the next page
-	backupBytes   = 32 << 20    // what the pages of one backup take in sum, about
 	minBackupPage = 32 << 10
 )
 
@@ -176,7 +175,7 @@ func (r *router) handleRows(ctx context.Context, _ string, payload []byte) ([]by
 	}
 	group := binary.BigEndian.Uint64(payload[1:])
 	index, upTo := binary.BigEndian.Uint64(payload[13:]), int64(binary.BigEndian.Uint64(payload[21:]))
-	pageBytes := int(min(binary.BigEndian.Uint32(payload[29:]), maxPageBytes))
+	pageBytes := min(int(binary.BigEndian.Uint32(payload[29:])), r.sizes.pageBytes)
 	var cursor []byte
 	if len(payload) > rowsHeader {
 		cursor = payload[rowsHeader:]

@@ -41,11 +41,17 @@ type page struct {
 	node     string // that it came from; "" = this one
 }
 
-const (
-	maxPageKeys   = 1 << 14
-	maxPageBytes  = 4 << 20  // a page has less, unless it has one key
-	maxWholeBytes = 32 << 20 // and what cannot be cut into pages
-)
+const maxPageKeys = 1 << 14
+
+// pageSizes bound what travels in one message.
+type pageSizes struct {
+	firstKeys  int64 // of a page, as long as the size of the values is not known
+	pageBytes  int   // a page has less, unless it has one key
+	wholeBytes int   // and so has what cannot be cut into pages
+	mergeBytes int   // what the pages of one request take in sum, about
+}
+
+var defaultPageSizes = pageSizes{firstKeys: 256, pageBytes: 4 << 20, wholeBytes: 32 << 20, mergeBytes: 32 << 20}
 
 // errPageFull: the answer does not fit into what one message may have.
 var errPageFull = errors.New("server: the answer is too large for one message")
@@ -67,9 +73,9 @@ func (m *pageMeter) Take(n int) error {
 // release.
 func (r *router) page(ctx context.Context, state *fsm.Store, p *pageRequest) (_ *page, release func(), _ error) {
 	meter := r.answers.meter()
-	read := readPage
+	read := r.readPage
 	if p.whole {
-		read = readWhole
+		read = r.readWhole
 	}
 	out, err := read(fsm.WithMeter(ctx, meter), meter, state, p)
 	if err != nil {
@@ -79,9 +85,9 @@ func (r *router) page(ctx context.Context, state *fsm.Store, p *pageRequest) (_ 
 	return out, meter.release, nil
 }
 
-func readWhole(ctx context.Context, meter fsm.Meter, state *fsm.Store, p *pageRequest) (*page, error) {
+func (r *router) readWhole(ctx context.Context, meter fsm.Meter, state *fsm.Store, p *pageRequest) (*page, error) {
 	if !p.r.CountOnly { // counting keeps nothing
-		ctx = fsm.WithMeter(ctx, &pageMeter{meter, maxWholeBytes})
+		ctx = fsm.WithMeter(ctx, &pageMeter{meter, r.sizes.wholeBytes})
 	}
 	resp, err := state.RangeAt(ctx, fsm.User, p.r, p.current)
 	if err != nil {
@@ -91,10 +97,10 @@ func readWhole(ctx context.Context, meter fsm.Meter, state *fsm.Store, p *pageRe
 }
 
 // readPage takes fewer keys until they fit.
-func readPage(ctx context.Context, meter fsm.Meter, state *fsm.Store, p *pageRequest) (*page, error) {
+func (r *router) readPage(ctx context.Context, meter fsm.Meter, state *fsm.Store, p *pageRequest) (*page, error) {
 	keys := min(max(p.r.Limit, 1), maxPageKeys)
 	for ; ; keys = max(keys/4, 1) {
-		limit := maxPageBytes
+		limit := r.sizes.pageBytes
 		if keys == 1 {
 			limit = math.MaxInt
 		}
@@ -130,8 +136,12 @@ func plain(r *pb.RangeRequest, keys int64) *pb.RangeRequest {
 	}
 }
 
-func counting(r *pb.RangeRequest, revision int64) *pb.RangeRequest {
-	return &pb.RangeRequest{Key: r.Key, RangeEnd: r.RangeEnd, Revision: revision, CountOnly: true}
+// counting counts the keys of a range at the request's revision, or at newest.
+func counting(r *pb.RangeRequest, newest int64) *pb.RangeRequest {
+	if r.Revision > 0 {
+		newest = r.Revision
+	}
+	return &pb.RangeRequest{Key: r.Key, RangeEnd: r.RangeEnd, Revision: newest, CountOnly: true}
 }
 
 // pageHere answers from this node's replica.

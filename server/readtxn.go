@@ -90,7 +90,7 @@ func (r *router) txnHere(ctx context.Context, replica Replica, q *txnRead) (*pb.
 	}
 	defer unpin()
 	meter := r.answers.meter()
-	resp, err := state.ReadTxnAt(fsm.WithMeter(ctx, &pageMeter{meter, maxWholeBytes}), fsm.User, q.r, q.at)
+	resp, err := state.ReadTxnAt(fsm.WithMeter(ctx, &pageMeter{meter, r.sizes.wholeBytes}), fsm.User, q.r, q.at)
 	if err != nil {
 		meter.release()
 		if errors.Is(err, errPageFull) {

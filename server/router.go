@@ -24,6 +24,7 @@ type router struct {
 	pending atomic.Int64 // bytes of writes under way
 	answers answers
 	leaders leaders
+	sizes   pageSizes
 	cuts    cuts
 	gating  chan struct{} // one per call of other nodes that waits for gates
 	hashing chan struct{} // one per digest computed for another node
@@ -53,7 +54,7 @@ var (
 )
 
 func newRouter(cfg *Config, m *metrics) *router {
-	r := &router{cfg: cfg, metrics: m, sharded: cfg.Groups.Sharded(), reads: make(map[uint64]*rounds), answers: answers{max: cfg.MaxAnswerBytes}}
+	r := &router{cfg: cfg, metrics: m, sizes: defaultPageSizes, sharded: cfg.Groups.Sharded(), reads: make(map[uint64]*rounds), answers: answers{max: cfg.MaxAnswerBytes}}
 	r.cuts.router = r
 	r.gating = make(chan struct{}, maxGateCalls)
 	r.hashing = make(chan struct{}, max(cfg.MaxHashes, 1))

@@ -126,6 +126,11 @@ type Config struct {
 type faults struct {
 	joinSentRound bool // a read joins a round whose request has already been sent
 	joinBegunCut  bool // a read joins a cut whose revision has already been asked for
+	missShard     bool // a cut lacks a group
+	skipGates     bool // a cut does not make the groups complete
+	readNewest    bool // a group answers at its newest revision instead of the cut's
+	limitPerShard bool // each group's answer is limited, and not the whole
+	shardHeader   bool // an answer has the revision of a group
 	retryUnknown  bool // a write of unknown outcome is proposed again
 }
 
