@@ -42,7 +42,9 @@ func (c *testCluster) check() {
 	}
 }
 
-func TestAStoppedNodesShardsAreRebuiltAndGoHome(t *testing.T) { rebuildAndGoHome(t, 4, 3, WitnessesNone) }
+func TestAStoppedNodesShardsAreRebuiltAndGoHome(t *testing.T) {
+	rebuildAndGoHome(t, 4, 3, WitnessesNone)
+}
 
 // rebuildAndGoHome stops one of the nodes for as long as it takes to rebuild its
 // replicas, where there are nodes for them.
