@@ -16,6 +16,7 @@ type Set struct {
 	mu         sync.Mutex
 	registerer prometheus.Registerer // nil if it is not registered
 	users      int
+	gone       bool // unregistered by its last user: a registerer may keep it instead
 }
 
 // Add adds metrics, before Join.
@@ -76,14 +77,14 @@ func Join[M Member](r prometheus.Registerer, m M) M {
 func (s *Set) join() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.users == 0 {
+	if s.gone {
 		return false
 	}
 	s.users++
 	return true
 }
 
-// Leave ends one use. The last one unregisters the set.
+// Leave ends one use. The last one unregisters the set, unless the registerer keeps it for a next user.
 func (s *Set) Leave() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -91,6 +92,6 @@ func (s *Set) Leave() {
 		return
 	}
 	if s.users--; s.users == 0 {
-		s.registerer.Unregister(s)
+		s.gone = s.registerer.Unregister(s)
 	}
 }

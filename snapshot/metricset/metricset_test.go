@@ -119,3 +119,21 @@ func TestUsersComeAndGoAtOnce(t *testing.T) {
 		t.Errorf("left over: %v, %v", families, err)
 	}
 }
+
+// keeper keeps what is registered.
+type keeper struct{ prometheus.Registerer }
+
+func (keeper) Unregister(prometheus.Collector) bool { return false }
+
+func TestSetIsFoundAgainInARegistererThatKeepsIt(t *testing.T) {
+	r := prometheus.NewPedanticRegistry()
+	first := Join(keeper{r}, newMetrics())
+	first.count.Inc()
+	first.Leave()
+	second := Join(keeper{r}, newMetrics())
+	second.count.Inc()
+	if second != first || total(t, r, "count") != 2 {
+		t.Error("the next user has other metrics")
+	}
+	second.Leave()
+}
