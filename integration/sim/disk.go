@@ -16,19 +16,19 @@ type disk struct {
 	dir string
 
 	mu      sync.Mutex
-	logs    map[uint64]*memoryLog
+	logs    map[string]*memoryLog // by directory
 	stalled time.Time
 }
 
-func newDisk(dir string) *disk { return &disk{dir: dir, logs: make(map[uint64]*memoryLog)} }
+func newDisk(dir string) *disk { return &disk{dir: dir, logs: make(map[string]*memoryLog)} }
 
-func (d *disk) log(group uint64, guard func() uint64) *memoryLog {
+func (d *disk) log(dir string, guard func() uint64) *memoryLog {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	l := d.logs[group]
+	l := d.logs[dir]
 	if l == nil {
 		l = &memoryLog{InmemStore: raft.NewInmemStore(), disk: d}
-		d.logs[group] = l
+		d.logs[dir] = l
 	}
 	l.guard = guard
 	return l

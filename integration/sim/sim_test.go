@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"kvd/integration/linearizability"
+	"kvd/node"
 	"kvd/shard"
 )
 
@@ -42,9 +43,14 @@ type report struct {
 	faults  map[string]int
 }
 
-// simulate runs one cluster of three nodes for a while, from one seed, and
+// full is three nodes that all hold every key.
+func full(faults shard.Faults) shape {
+	return shape{nodes: 3, strategy: node.StrategyFull, faults: faults}
+}
+
+// simulate runs one cluster for a while, from one seed, and
 // searches for an order of what clients saw for at most the given real time.
-func simulate(t *testing.T, seed uint64, duration time.Duration, faults shard.Faults, search time.Duration, logs *lockedBuffer) (r report) {
+func simulate(t *testing.T, s shape, seed uint64, duration, search time.Duration, logs *lockedBuffer) (r report) {
 	var (
 		ops       []linearizability.Op
 		converged error
@@ -53,7 +59,7 @@ func simulate(t *testing.T, seed uint64, duration time.Duration, faults shard.Fa
 	synctest.Test(t, func(t *testing.T) {
 		rng := rand.New(rand.NewPCG(seed, 1))
 		var mu sync.Mutex
-		w := newWorld(3, dir, faults, logs, func(node string, err error) {
+		w := newWorld(s, dir, logs, func(node string, err error) {
 			mu.Lock()
 			defer mu.Unlock()
 			r.halted = append(r.halted, fmt.Sprintf("%s: %v", node, err))
@@ -142,7 +148,7 @@ func TestSimulation(t *testing.T) {
 			slots <- struct{}{}
 			defer func() { <-slots }()
 			var logs lockedBuffer
-			r := simulate(t, seed, runFor, shard.Faults{}, time.Minute, &logs)
+			r := simulate(t, full(shard.Faults{}), seed, runFor, time.Minute, &logs)
 			if r.verdict != nil || len(r.halted) > 0 {
 				t.Errorf("repeat with -sim.seed=%d -sim.hours=0.01: %v; nodes that halted: %q; logs: %s", seed, r.verdict, r.halted, logs.save(t))
 			}
@@ -187,7 +193,7 @@ func TestPlantedFaultsAreCaught(t *testing.T) {
 			first := firstSeed()
 			for seed := first; seed < first+20; seed++ {
 				var logs lockedBuffer
-				r := simulate(t, seed, runFor, faults, 5*time.Second, &logs)
+				r := simulate(t, full(faults), seed, runFor, 5*time.Second, &logs)
 				if errors.Is(r.verdict, linearizability.ErrViolation) {
 					t.Logf("caught with seed %d, run %d: %v", seed, seed-first+1, firstLine(r.verdict))
 					return

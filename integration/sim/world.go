@@ -21,13 +21,22 @@ import (
 	"kvd/transport"
 )
 
+// shape is what kind of cluster a world is.
+type shape struct {
+	nodes    int
+	strategy string
+	shards   int // with StrategyConsistent
+	copies   int
+	faults   shard.Faults
+}
+
 // world is one cluster in one synctest bubble.
 type world struct {
+	shape
 	network *transport.MemoryNetwork
 	peers   map[string]string
 	names   []string
 	hosts   map[string]*host
-	faults  shard.Faults
 	logs    io.Writer
 	halted  func(node string, err error)
 }
@@ -51,12 +60,12 @@ type life struct {
 	node *node.Node // nil until it has started
 }
 
-func newWorld(nodes int, dir string, faults shard.Faults, logs io.Writer, halted func(string, error)) *world {
+func newWorld(s shape, dir string, logs io.Writer, halted func(string, error)) *world {
 	w := &world{
-		network: transport.NewMemoryNetwork(), peers: make(map[string]string), hosts: make(map[string]*host),
-		faults: faults, logs: logs, halted: halted,
+		shape: s, network: transport.NewMemoryNetwork(), peers: make(map[string]string), hosts: make(map[string]*host),
+		logs: logs, halted: halted,
 	}
-	for i := range nodes {
+	for i := range s.nodes {
 		name := fmt.Sprintf("n%d", i+1)
 		w.names = append(w.names, name)
 		w.peers[name] = address(name)
@@ -108,6 +117,7 @@ func (h *host) start() {
 func (h *host) config() node.Config {
 	return node.Config{
 		Name: h.name, DataDir: h.disk.dir, Peers: h.w.peers,
+		Strategy: h.w.strategy, Shards: h.w.shards, ReplicationFactor: h.w.copies, DownAfter: 20 * time.Second,
 		ListenClient: "none", ListenHTTP: "none", ListenPeer: address(h.name),
 		// Small, so that an hour sees many truncations and snapshots.
 		SnapshotEntries: 200, TrailingEntries: 50,
@@ -116,8 +126,8 @@ func (h *host) config() node.Config {
 		// elect another.
 		HeartbeatTimeout: time.Duration(1+slices.Index(h.w.names, h.name)) * time.Second,
 		Network:          hostNetwork{h.w.network, h.w.network.Dialer(address(h.name))},
-		OpenLog: func(_ string, group uint64, guard func() uint64) (shard.LogStore, error) {
-			return h.disk.log(group, guard), nil
+		OpenLog: func(dir string, _ uint64, guard func() uint64) (shard.LogStore, error) {
+			return h.disk.log(dir, guard), nil
 		},
 		NoSync:  true,
 		Logger:  slog.New(slog.NewTextHandler(h.w.logs, &slog.HandlerOptions{Level: slog.LevelInfo})).With("on", h.name),
