@@ -31,6 +31,7 @@ type world struct {
 	shards  map[uint64]*fakeShard
 	servers map[string]*Server
 	zero    *fakeReplica // of group 0, for all nodes
+	unknown bool         // the map is not known yet
 
 	inTurn sync.Mutex // writes of all groups, for onWritten
 
@@ -42,6 +43,7 @@ type world struct {
 	onLatest  func()                                              // the newest revision has been asked for
 	onCall    func(from, to, method string) (before, after error) // what the network does
 	calls     map[string]int                                      // by method
+	hung      map[string]bool                                     // nodes that do not answer
 }
 
 // newWorld makes S shards with data replicas on the given number of nodes each.
@@ -123,7 +125,12 @@ func (w *world) Sharded() bool { return true }
 
 func (w *world) Group(key []byte) uint64 { return uint64(ring.ShardOf(key, len(w.groups))) + 1 }
 
-func (w *world) All() []uint64 { return w.groups }
+func (w *world) All() []uint64 {
+	if w.unknown {
+		return nil
+	}
+	return w.groups
+}
 
 func (w *world) Nodes(group uint64) []string { return w.shards[group].order }
 
@@ -176,8 +183,12 @@ func (p worldPeers) Call(ctx context.Context, node, method string, payload []byt
 	}
 	p.w.mu.Lock()
 	p.w.calls[method]++
-	hook := p.w.onCall
+	hook, hangs := p.w.onCall, p.w.hung[node]
 	p.w.mu.Unlock()
+	if hangs {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	var before, after error
 	if hook != nil {
 		before, after = hook(p.from, node, method)
@@ -243,6 +254,13 @@ type shardReplica struct {
 }
 
 func (r *shardReplica) leads() bool { return r.s.leader == r.node }
+
+// change makes a replica hidden, frozen, or deaf.
+func (r *shardReplica) change(f func(*shardReplica)) {
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	f(r)
+}
 
 func (r *shardReplica) Propose(ctx context.Context, request fsm.Request) (fsm.Result, error) {
 	s := r.s
