@@ -154,13 +154,13 @@ func (e *explainer) shard(s Shard, x Explained) ShardOverview {
 		}
 	}
 	o.Tolerates = max(0, min(alive-(votes/2+1), copies-1))
-	wanted, _ := Slots(*e.view.Map.Config, staying(e.view.Map.Members))
+	data, witnesses := Slots(*e.view.Map.Config, staying(e.view.Map.Members))
 	switch {
 	case g.Leader == nil && alive <= votes/2:
 		o.State = shardNoQuorum
 	case g.Leader == nil:
 		o.State = shardNoLeader
-	case copies < wanted:
+	case copies < data || alive < data+witnesses:
 		o.State = shardDegraded
 	case x.Step != nil || slices.ContainsFunc(o.Replicas, func(r ReplicaOverview) bool { return r.State != replicaVoter }):
 		o.State = shardMoving
@@ -194,7 +194,8 @@ func (e *explainer) replica(r Replica, g GroupView, target []TargetReplica) Repl
 			o.Match = follows.Match
 			o.Alive = e.view.Nodes[o.Node].Alive && follows.Acked >= 0 && follows.Acked <= ackedWithin
 		}
-		o.State = memberState(r.ID, g.Leader.Leading.Members, wanted)
+		// Where nothing can replace a dead replica, it stays a voter.
+		o.State = memberState(r.ID, g.Leader.Leading.Members, wanted || !o.Alive)
 	}
 	if r.Incarnation != 0 && (!known || member.Incarnation != r.Incarnation) || r.Incarnation == 0 && target != nil {
 		o.State, o.Alive = replicaLost, false
@@ -202,12 +203,12 @@ func (e *explainer) replica(r Replica, g GroupView, target []TargetReplica) Repl
 	return o
 }
 
-func memberState(id raft.ServerID, members []shard.Member, wanted bool) string {
+func memberState(id raft.ServerID, members []shard.Member, stays bool) string {
 	i := slices.IndexFunc(members, func(m shard.Member) bool { return m.ID == id })
 	switch {
-	case i < 0 && wanted:
+	case i < 0 && stays:
 		return replicaCreating
-	case !wanted:
+	case !stays:
 		return replicaRemoving
 	case members[i].Voter:
 		return replicaVoter

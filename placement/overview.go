@@ -25,7 +25,7 @@ type NodeOverview struct {
 type ShardOverview struct {
 	Number   int               `json:"number"`
 	Leader   string            `json:"leader"` // node; empty = none is known
-	State    string            `json:"state"`  // ok, moving, degraded (fewer live copies than wanted), no leader, no quorum
+	State    string            `json:"state"`  // ok, moving, degraded (fewer live voters than wanted), no leader, no quorum
 	Replicas []ReplicaOverview `json:"replicas"`
 	Target   []TargetReplica   `json:"target"`
 	// Tolerates is how many more nodes may fail before the shard stops.
@@ -40,7 +40,7 @@ type ReplicaOverview struct {
 	ID     raft.ServerID `json:"id"`
 	Node   string        `json:"node"`
 	Role   Role          `json:"role"`
-	State  string        `json:"state"` // creating, learner, voter, removing, lost
+	State  string        `json:"state"` // creating, learner, voter, removing, lost; unknown without a leader
 	Alive  bool          `json:"alive"`
 	Match  uint64        `json:"match"`  // on it, as far as the leader has measured
 	Commit uint64        `json:"commit"` // of the group
