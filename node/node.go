@@ -372,6 +372,10 @@ func (n *Node) Replica() *shard.Replica {
 	return n.replica
 }
 
+// Shards are this node's open replicas of shards, witnesses included, in no
+// order.
+func (n *Node) Shards() []*shard.Replica { return slices.Collect(maps.Values(n.groups.Replicas())) }
+
 // Close hands the leadership over if this node has it, answers the requests
 // under way and stops the node. Idempotent.
 func (n *Node) Close() error {
@@ -397,7 +401,7 @@ func (n *Node) Abort() error {
 
 // handOver hands over the leadership of every group that this node leads.
 func (n *Node) handOver() {
-	replicas := slices.Collect(maps.Values(n.groups.Replicas()))
+	replicas := n.Shards()
 	if r := n.Replica(); r != nil {
 		replicas = append(replicas, r)
 	}

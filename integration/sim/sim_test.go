@@ -41,6 +41,7 @@ type report struct {
 	halted  []string
 	summary linearizability.Summary
 	faults  map[string]int
+	chain   *chain // of a sharded cluster
 }
 
 // full is three nodes that all hold every key.
@@ -48,8 +49,13 @@ func full(faults shard.Faults) shape {
 	return shape{nodes: 3, strategy: node.StrategyFull, faults: faults}
 }
 
-// simulate runs one cluster for a while, from one seed, and
-// searches for an order of what clients saw for at most the given real time.
+// sharded is five nodes with eight shards of three copies.
+func sharded(faults shard.Faults) shape {
+	return shape{nodes: 5, strategy: node.StrategyConsistent, shards: 8, copies: 3, faults: faults}
+}
+
+// simulate runs one cluster for a while, from one seed, and searches for an
+// order of what clients saw for at most the given real time.
 func simulate(t *testing.T, s shape, seed uint64, duration, search time.Duration, logs *lockedBuffer) (r report) {
 	var (
 		ops       []linearizability.Op
@@ -75,8 +81,14 @@ func simulate(t *testing.T, s shape, seed uint64, duration, search time.Duration
 		for i := range 6 {
 			services = append(services, service{w.hosts[w.names[i%len(w.names)]]})
 		}
+		if s.shards > 0 {
+			r.chain = newChain(2 * s.shards)
+			running.Go(func() { r.chain.write(ctx, services) })
+			running.Go(func() { r.chain.read(ctx, services[0], 400*time.Millisecond) })
+			running.Go(func() { r.chain.read(ctx, services[1], 700*time.Millisecond) })
+		}
 		linearizability.Traffic{
-			Services: services, Keys: []string{"a", "b", "c"}, Seed: seed, Think: 300 * time.Millisecond, Timeout: 5 * time.Second,
+			Services: services, Keys: []string{"{t}a", "{t}b", "{t}c"}, Seed: seed, Think: 300 * time.Millisecond, Timeout: 5 * time.Second,
 		}.Run(ctx, &history)
 		running.Wait()
 		w.network.HealAll()
@@ -88,6 +100,9 @@ func simulate(t *testing.T, s shape, seed uint64, duration, search time.Duration
 	// Not in virtual time, which stands still while the search works, so that
 	// it would never give up.
 	r.verdict = errors.Join(converged, linearizability.Check(ops, linearizability.Config{Timeout: search, OneOrder: true}))
+	if r.chain != nil {
+		r.verdict = errors.Join(r.verdict, r.chain.bad)
+	}
 	return r
 }
 
@@ -134,11 +149,19 @@ func (l *lockedBuffer) save(t *testing.T) string {
 // TestSimulation is an hour of three nodes that crash, are cut off, and see
 // slow links, while six clients work. Every history must be linearizable and
 // every replica must end in the same state.
-func TestSimulation(t *testing.T) {
+func TestSimulation(t *testing.T) { campaign(t, full(shard.Faults{})) }
+
+// TestShardedSimulation is an hour of the same with five nodes that have the
+// keys in shards: nodes go down and come back, and replicas move. Reads across
+// shards must show one moment.
+func TestShardedSimulation(t *testing.T) { campaign(t, sharded(shard.Faults{})) }
+
+func campaign(t *testing.T, s shape) {
 	first := firstSeed()
 	runs := max(1, int(*hours*float64(time.Hour)/float64(runFor)))
 	total := linearizability.Summary{ChangesDuring: make(map[string]int)}
 	faults := make(map[string]int)
+	reads, moved := 0, 0
 	var mu sync.Mutex
 	slots := make(chan struct{}, runtime.GOMAXPROCS(0))
 	for i := range runs {
@@ -148,9 +171,9 @@ func TestSimulation(t *testing.T) {
 			slots <- struct{}{}
 			defer func() { <-slots }()
 			var logs lockedBuffer
-			r := simulate(t, full(shard.Faults{}), seed, runFor, time.Minute, &logs)
+			r := simulate(t, s, seed, runFor, time.Minute, &logs)
 			if r.verdict != nil || len(r.halted) > 0 {
-				t.Errorf("repeat with -sim.seed=%d -sim.hours=0.01: %v; nodes that halted: %q; logs: %s", seed, r.verdict, r.halted, logs.save(t))
+				t.Errorf("repeat with -test.run=%s -sim.seed=%d -sim.hours=0.01: %v; nodes that halted: %q; logs: %s", t.Name(), seed, r.verdict, r.halted, logs.save(t))
 			}
 			mu.Lock()
 			defer mu.Unlock()
@@ -158,12 +181,19 @@ func TestSimulation(t *testing.T) {
 			for fault, n := range r.faults {
 				faults[fault] += n
 			}
+			if r.chain != nil {
+				reads += r.chain.reads
+				moved += r.chain.moved
+			}
 		})
 	}
 	t.Cleanup(func() {
-		t.Logf("%d runs of %v from seed %d: %+v, faults %v", runs, runFor, first, total, faults)
+		t.Logf("%d runs of %v from seed %d: %+v, faults %v, %d reads across shards, %d of them in the middle of a change", runs, runFor, first, total, faults, reads, moved)
 		if err := total.Vacuous(); err != nil && runs > 3 {
 			t.Error(err)
+		}
+		if s.shards > 0 && runs > 3 && (moved == 0 || moved == reads) {
+			t.Errorf("of %d reads across shards %d saw a change", reads, moved)
 		}
 	})
 }

@@ -162,20 +162,31 @@ func (h *host) node() *node.Node {
 	return l.node
 }
 
-// digest of the host's state; index 0 while it has none.
-func (h *host) digest(ctx context.Context) (index, digest uint64, err error) {
+// digests are those of the host's states, by group; none while it does not run.
+func (h *host) digests(ctx context.Context) (map[uint64]digest, error) {
 	n := h.node()
 	if n == nil || n.Replica() == nil {
-		return 0, 0, nil
+		return nil, nil
 	}
-	state, release, err := n.Replica().AcquireState(ctx, 0)
-	if err != nil {
-		return 0, 0, err
+	all := make(map[uint64]digest)
+	for _, r := range append(n.Shards(), n.Replica()) {
+		if r.Witness() {
+			continue
+		}
+		state, release, err := r.AcquireState(ctx, 0)
+		if err != nil {
+			return nil, err
+		}
+		var d digest
+		d.index, d.sum = state.Digest()
+		all[r.Status().Group] = d
+		release()
 	}
-	defer release()
-	index, digest = state.Digest()
-	return index, digest, nil
+	return all, nil
 }
+
+// digest is that of a state at an applied index.
+type digest struct{ index, sum uint64 }
 
 func (w *world) stop() {
 	w.network.HealAll()
@@ -316,29 +327,52 @@ var (
 	errDiverged     = errors.New("sim: replicas differ at the same applied index")
 )
 
-// converge waits until all nodes have applied the same index, and checks that
-// they have the same state (I4).
+// converge waits until all replicas of each group have applied the same index,
+// and checks that they have the same state then (I4).
 func (w *world) converge() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	for pause(ctx, time.Second) {
-		digests := make(map[uint64]map[uint64]bool) // by applied index
+		groups := make(map[uint64]map[digest]int) // how many have it
 		for _, name := range w.names {
-			index, digest, err := w.hosts[name].digest(ctx)
+			digests, err := w.hosts[name].digests(ctx)
 			if err != nil {
 				return err
 			}
-			if digests[index] == nil {
-				digests[index] = make(map[uint64]bool)
-			}
-			digests[index][digest] = true
-			if len(digests[index]) > 1 {
-				return fmt.Errorf("%w %d", errDiverged, index)
+			for group, d := range digests {
+				if groups[group] == nil {
+					groups[group] = make(map[digest]int)
+				}
+				groups[group][d]++
 			}
 		}
-		if len(digests) == 1 && digests[0] == nil {
-			return nil
+		even, err := w.compare(groups)
+		if even || err != nil {
+			return err
 		}
 	}
 	return errNotConverged
+}
+
+// compare reports whether each group has one digest, and as many copies of it
+// as there are to be.
+func (w *world) compare(groups map[uint64]map[digest]int) (even bool, err error) {
+	even = len(groups) == w.shards+1
+	for group, digests := range groups {
+		indexes := make(map[uint64]bool)
+		copies := 0
+		for d, n := range digests {
+			if indexes[d.index] {
+				return false, fmt.Errorf("%w %d of group %d", errDiverged, d.index, group)
+			}
+			indexes[d.index] = true
+			copies += n
+		}
+		wanted := w.nodes
+		if group > 0 {
+			wanted = w.copies
+		}
+		even = even && len(digests) == 1 && !indexes[0] && copies == wanted
+	}
+	return even, nil
 }
