@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,36 +14,82 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"kvd/node"
 )
 
 type demoOptions struct {
-	nodes int
-	keep  bool
+	strategy string
+	nodes    int // 0: as many as the strategy's story needs
+	keep     bool
 }
+
+// strategyBoth shows one strategy after the other.
+const strategyBoth = "both"
 
 func newDemoCommand() *cobra.Command {
 	var o demoOptions
 	cmd := &cobra.Command{
 		Use:   "demo",
-		Short: "See a cluster lose its leader and get it back, on this machine",
+		Short: "See clusters lose nodes and get them back, on this machine",
 		Long: `See what kvd is for: real nodes on this machine, as processes of their own on free ports and in a temporary
-directory. They take writes and reads, lose their leader to kill -9, elect another, get the lost node back, and lose
-another one. Everything that was ever acknowledged is read back after each step.
+directory. They take writes and reads, lose nodes to kill -9 and get them back. Everything that was ever acknowledged is
+read back after each step.
+
+With --strategy full, three nodes hold every key: they lose their leader, elect another, get the lost node back, and
+lose another one. With --strategy consistent, five nodes share the keys, three copies of each: one node dies and stays
+away, its keys are redistributed, another node dies, both come back, and the keys go home.
 
 It exits with 5 if anything was lost. Ctrl-C removes everything.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if o.nodes < 3 || o.nodes > 7 {
-				return usagef("--nodes: %d is not between 3 (fewer survive no failure) and 7", o.nodes)
+			strategies, err := o.strategies()
+			if err != nil {
+				return err
 			}
 			ctx, cancel := orHangup(cmd.Context())
 			defer cancel()
-			return o.run(ctx, cmd.OutOrStdout())
+			for i, strategy := range strategies {
+				if i > 0 {
+					fmt.Fprintln(cmd.OutOrStdout())
+				}
+				if err := o.run(ctx, cmd.OutOrStdout(), strategy, i == len(strategies)-1); err != nil {
+					return err
+				}
+			}
+			return nil
 		},
 	}
-	cmd.Flags().IntVar(&o.nodes, "nodes", 3, "how many nodes, 3 to 7")
-	cmd.Flags().BoolVar(&o.keep, "keep", false, "leave the nodes running until Ctrl-C")
+	cmd.Flags().StringVar(&o.strategy, "strategy", strategyBoth, "full, consistent, or both one after the other")
+	cmd.Flags().IntVar(&o.nodes, "nodes", 0, "how many nodes, 3 to 7; consistent needs 5 (default: 3 for full, 5 for consistent)")
+	cmd.Flags().BoolVar(&o.keep, "keep", false, "leave the nodes running until Ctrl-C; of both strategies, those of consistent")
+	if err := cmd.RegisterFlagCompletionFunc("strategy", cobra.FixedCompletions(
+		[]string{node.StrategyFull, node.StrategyConsistent, strategyBoth}, cobra.ShellCompDirectiveNoFileComp)); err != nil {
+		panic(err)
+	}
 	return cmd
+}
+
+// strategies lists what is to be shown.
+func (o *demoOptions) strategies() ([]string, error) {
+	least := 3
+	var list []string
+	switch o.strategy {
+	case node.StrategyFull:
+		list = []string{node.StrategyFull}
+	case node.StrategyConsistent, strategyBoth:
+		least = 5
+		list = []string{node.StrategyFull, node.StrategyConsistent}
+		if o.strategy == node.StrategyConsistent {
+			list = list[1:]
+		}
+	default:
+		return nil, usagef("--strategy: %q is none of %s, %s and %s", o.strategy, node.StrategyFull, node.StrategyConsistent, strategyBoth)
+	}
+	if o.nodes != 0 && (o.nodes < least || o.nodes > 7) {
+		return nil, usagef("--nodes: %d is not between %d (fewer do not survive what is shown) and 7", o.nodes, least)
+	}
+	return list, nil
 }
 
 // orHangup ends ctx also when the terminal is closed: the children must not outlive it.
@@ -53,12 +100,14 @@ func orHangup(ctx context.Context) (context.Context, context.CancelFunc) {
 	return signal.NotifyContext(ctx, syscall.SIGHUP)
 }
 
-func (o *demoOptions) run(ctx context.Context, out io.Writer) (err error) {
+// run shows one strategy; last says that nothing comes after it.
+func (o *demoOptions) run(ctx context.Context, out io.Writer, strategy string, last bool) (err error) {
 	dir, err := os.MkdirTemp("", "kvd-demo-")
 	if err != nil {
 		return err
 	}
-	nodes, err := newDemoNodes(o.nodes, dir)
+	size := map[string]int{node.StrategyFull: 3, node.StrategyConsistent: 5}[strategy]
+	nodes, err := newDemoNodes(cmp.Or(o.nodes, size), dir)
 	if err != nil {
 		return errors.Join(err, os.RemoveAll(dir))
 	}
@@ -77,28 +126,46 @@ func (o *demoOptions) run(ctx context.Context, out io.Writer) (err error) {
 			err = os.RemoveAll(dir)
 		}
 	}()
-	if err := d.steps(ctx, o.keep); err != nil {
+	keep := o.keep && last
+	if strategy == node.StrategyConsistent {
+		s := newShardedDemo(d)
+		err = s.steps(ctx)
+		d.measured = s.measurements
+	} else {
+		err = d.steps(ctx, keep)
+		d.measured = d.measurements
+	}
+	if err != nil {
 		return err
 	}
 	d.report()
-	if o.keep {
+	switch {
+	case keep:
 		return d.stay(ctx)
+	case last:
+		d.tryNext()
 	}
-	d.tryNext()
 	return nil
 }
 
 // report sums up what was done.
 func (d *demo) report() {
-	fmt.Fprintf(d.out, `
-Nothing was lost.
-  acknowledged writes   %d, all read back after each failure
-  writes                %s on average, %d at a time, each on the disks of a majority
-  reads                 %s on average, linearizable, through every node
-  failover              %s from kill -9 of the leader to the next successful write
-  recovery              %s from the start of the process to having all writes
-  total                 %s
-`, len(d.acked), short(d.writeMean), demoClients, short(d.readMean), short(d.failover), short(d.recovery), short(time.Since(d.start)))
+	fmt.Fprintf(d.out, "\nNothing was lost.\n")
+	lines := append([][2]string{
+		{"acknowledged writes", fmt.Sprintf("%d, all read back after each failure", len(d.acked))},
+	}, d.measured()...)
+	for _, line := range append(lines, [2]string{"total", short(time.Since(d.start))}) {
+		fmt.Fprintf(d.out, "  %-20s  %s\n", line[0], line[1])
+	}
+}
+
+func (d *demo) measurements() [][2]string {
+	return [][2]string{
+		{"writes", fmt.Sprintf("%s on average, %d at a time, each on the disks of a majority", short(d.writeMean), demoClients)},
+		{"reads", fmt.Sprintf("%s on average, linearizable, through every node", short(d.readMean))},
+		{"failover", fmt.Sprintf("%s from kill -9 of the leader to the next successful write", short(d.failover))},
+		{"recovery", fmt.Sprintf("%s from the start of the process to having all writes", short(d.recovery))},
+	}
 }
 
 func (d *demo) tryNext() {

@@ -107,3 +107,66 @@ func TestChildrenAreNotConfiguredByAccident(t *testing.T) {
 		t.Errorf("children get %v", got)
 	}
 }
+
+func TestDemoStrategies(t *testing.T) {
+	for _, c := range []struct {
+		o    demoOptions
+		want string // "" = refused
+	}{
+		{demoOptions{strategy: "both"}, "full consistent"},
+		{demoOptions{strategy: "full", nodes: 3}, "full"},
+		{demoOptions{strategy: "consistent", nodes: 5}, "consistent"},
+		{demoOptions{strategy: "both", nodes: 7}, "full consistent"},
+		{demoOptions{strategy: "both", nodes: 4}, ""},
+		{demoOptions{strategy: "full", nodes: 2}, ""},
+		{demoOptions{strategy: "full", nodes: 8}, ""},
+		{demoOptions{strategy: "magic"}, ""},
+	} {
+		got, err := c.o.strategies()
+		var usage *usageError
+		if strings.Join(got, " ") != c.want || (c.want == "") != errors.As(err, &usage) {
+			t.Errorf("%+v shows %v, %v; want %q", c.o, got, err, c.want)
+		}
+	}
+}
+
+// A read across all shards that misses an acknowledged write is a loss.
+func TestDemoSeesLossAcrossShards(t *testing.T) {
+	for _, forget := range []string{"", "demo/000017"} {
+		f := startFake(t)
+		f.forget = forget
+		d := newShardedDemo(&demo{out: io.Discard, nodes: []*demoNode{{name: "n1", client: f.addr, exited: make(chan struct{})}}, start: time.Now()})
+		if err := d.write(t.Context(), 50); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.readAcross(t.Context()); errors.Is(err, errDataLost) != (forget != "") || err != nil && forget == "" {
+			t.Errorf("with %q forgotten: %v", forget, err)
+		}
+	}
+}
+
+func TestDemoKnowsWhereShardsAre(t *testing.T) {
+	view := overviewOf(testView())
+	d := newShardedDemo(&demo{})
+	d.home = map[int][]string{0: {"n1", "n2"}, 1: {"n1"}, 2: {"n1"}}
+	if got := strings.Join(dataNodes(view.Shards[1]), " "); got != "n1" { // one is down, one has no vote yet
+		t.Errorf("live copies are on %q", got)
+	}
+	if got := shardsPerNode(view); got != "n1 has 2, n2 has 1" {
+		t.Errorf("shards per node: %s", got)
+	}
+	if got := d.away(view); got != demoShards-2 {
+		t.Errorf("%d shards are not home", got)
+	}
+	if err := allOK(view); err == nil {
+		t.Error("a shard that moves is at rest")
+	}
+	view.Shards = view.Shards[:1]
+	if err := allOK(view); err != nil {
+		t.Error(err)
+	}
+	view.Shards = nil
+	if err := allOK(view); err == nil {
+		t.Error("no shards at all are at rest")
+	}
+}

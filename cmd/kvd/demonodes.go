@@ -54,8 +54,8 @@ func freeAddresses(n int) (addresses []string, err error) {
 	return addresses, nil
 }
 
-// start runs the node as a child of this process, with this program.
-func (n *demoNode) start(peers string) error {
+// start runs the node as a child of this process, with this program and these flags besides its own.
+func (n *demoNode) start(flags ...string) error {
 	program, err := os.Executable()
 	if err != nil {
 		return err
@@ -65,8 +65,9 @@ func (n *demoNode) start(peers string) error {
 		return err
 	}
 	defer log.Close() // the child has its own
-	n.process = exec.Command(program, "start", "--name", n.name, "--data-dir", n.dir, "--peers", peers,
+	n.process = exec.Command(program, "start", "--name", n.name, "--data-dir", n.dir,
 		"--listen-client", n.client, "--listen-peer", n.peer, "--listen-http", n.http)
+	n.process.Args = append(n.process.Args, flags...)
 	n.process.Env = withoutSettings(os.Environ())
 	n.process.Stdout, n.process.Stderr = log, log
 	n.process.SysProcAttr = childAttributes()

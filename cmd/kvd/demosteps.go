@@ -25,9 +25,11 @@ const (
 
 // demo is a cluster of child processes and what has been done to it.
 type demo struct {
-	out   io.Writer
-	nodes []*demoNode
-	start time.Time
+	out      io.Writer
+	nodes    []*demoNode
+	flags    []string // of kvd start, the same for all nodes
+	start    time.Time
+	measured func() [][2]string // for the report: what was measured
 
 	mu    sync.Mutex
 	acked map[string]string // every write that a node has acknowledged
@@ -38,7 +40,7 @@ type demo struct {
 
 // steps runs the demo. An errDataLost means what it says; with restore, all nodes run in the end.
 func (d *demo) steps(ctx context.Context, restore bool) error {
-	fmt.Fprintf(d.out, "kvd demo: %d nodes on this machine, each a process of its own\n\n", len(d.nodes))
+	fmt.Fprintf(d.out, "kvd demo, strategy full: %d nodes on this machine, each a process of its own with every key\n\n", len(d.nodes))
 	if err := d.form(ctx); err != nil {
 		return err
 	}
@@ -97,6 +99,11 @@ func (d *demo) peers() string {
 	return strings.Join(list, ",")
 }
 
+// run starts a node.
+func (d *demo) run(n *demoNode) error {
+	return n.start(append([]string{"--peers", d.peers()}, d.flags...)...)
+}
+
 func (d *demo) options() *clientOptions {
 	o := &clientOptions{dialTimeout: 2 * time.Second, commandTimeout: 5 * time.Second, keepAlive: 2 * time.Second, keepAliveLimit: 6 * time.Second}
 	o.secure.InsecureTransport = true
@@ -105,7 +112,11 @@ func (d *demo) options() *clientOptions {
 
 // until repeats try until it succeeds, a step's time is up, or a node that should run has ended.
 func (d *demo) until(ctx context.Context, what string, nodes []*demoNode, try func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, demoStepLimit)
+	return d.within(ctx, demoStepLimit, what, nodes, try)
+}
+
+func (d *demo) within(ctx context.Context, limit time.Duration, what string, nodes []*demoNode, try func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	for {
 		attempt, cancel := context.WithTimeout(ctx, 5*time.Second)
@@ -122,7 +133,7 @@ func (d *demo) until(ctx context.Context, what string, nodes []*demoNode, try fu
 		select {
 		case <-time.After(20 * time.Millisecond):
 		case <-ctx.Done():
-			return fmt.Errorf("%s: not within %v: %s", what, demoStepLimit, describe(nil, err))
+			return fmt.Errorf("%s: not within %v: %s", what, limit, describe(nil, err))
 		}
 	}
 }
@@ -130,7 +141,7 @@ func (d *demo) until(ctx context.Context, what string, nodes []*demoNode, try fu
 // form starts the nodes and waits until each of them answers.
 func (d *demo) form(ctx context.Context) error {
 	for _, n := range d.nodes {
-		if err := n.start(d.peers()); err != nil {
+		if err := d.run(n); err != nil {
 			return err
 		}
 		fmt.Fprintf(d.out, "          %s  pid %-7d client %s\n", n.name, n.process.Process.Pid, n.client)
@@ -343,7 +354,7 @@ func (d *demo) recover(ctx context.Context, n *demoNode) error {
 		return err
 	}
 	begin := time.Now()
-	if err := n.start(d.peers()); err != nil {
+	if err := d.run(n); err != nil {
 		return err
 	}
 	d.say("%s starts again (pid %d)", n.name, n.process.Process.Pid)

@@ -45,7 +45,7 @@ func TestExitCodes(t *testing.T) {
 		{"bad endpoint", []string{"get", "k", "--endpoints", "here"}, exitUsage, `"here" is not host:port`},
 		{"half of TLS", []string{"get", "k", "--cert", "x"}, exitUsage, "--cert and --key go together"},
 		{"client flag of start", []string{"start", "--endpoints", "a:1"}, exitUsage, "no flag --endpoints"},
-		{"too few demo nodes", []string{"demo", "--nodes", "2"}, exitUsage, "between 3"},
+		{"too few demo nodes", []string{"demo", "--nodes", "2"}, exitUsage, "between 5"},
 		{"bad transaction", []string{"txn"}, exitUsage, "wants a transaction"},
 		{"no such member", []string{"move-leader", "n9", "--endpoints", healthy.addr}, exitUsage, "the members are n1 (a1), n2 (a2)"},
 		{"unhealthy", []string{"health", "--endpoints", failing.addr}, exitUnhealthy, "1 of 1 endpoints"},

@@ -11,13 +11,14 @@ import (
 	"github.com/spf13/cobra"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/status"
 
 	"kvd/placement"
 	"kvd/server/kvdpb"
 )
 
 // leavePoll is how often a node that leaves is looked at.
-const leavePoll = 500 * time.Millisecond
+const leavePoll = 200 * time.Millisecond
 
 func newMemberRemoveCommand(client *clientOptions) *cobra.Command {
 	var force, noWait bool
@@ -154,7 +155,7 @@ func (o *clientOptions) awaitLeft(ctx context.Context, p *printer, name string, 
 		case err == nil:
 			waits, here = leaving(view, name)
 		case isUnavailable(err):
-			waits = "no answer now: " + describe(nil, err)
+			waits = "no answer now: " + status.Convert(err).Message()
 		default:
 			return err
 		}

@@ -12,6 +12,8 @@ import (
 
 // States of nodes, shards and replicas in an overview.
 const (
+	nodeLeaving = "leaving"
+
 	stateOK       = "ok"
 	stateNoLeader = "no leader"
 	stateNoQuorum = "no quorum"
@@ -49,23 +51,25 @@ kvd locate KEY finds the shard of a key, kvd explain SHARD says why a shard is w
 			if err != nil {
 				return err
 			}
-			if notOK {
-				view.Shards = slices.DeleteFunc(view.Shards, func(s placement.ShardOverview) bool { return s.State == stateOK })
-			}
-			return client.printer(cmd).shards(view)
+			return client.printer(cmd).shards(view, notOK)
 		},
 	}
 	cmd.Flags().BoolVar(&notOK, "not-ok", false, "show only the shards that are not ok")
 	return cmd
 }
 
-func (p *printer) shards(view placement.Overview) error {
-	if p.format == formatJSON {
-		return p.json(view)
-	}
-	if view.Config == nil {
+// shards prints all shards, or those that are not ok.
+func (p *printer) shards(view placement.Overview, notOK bool) error {
+	if view.Config == nil && p.format != formatJSON {
 		fmt.Fprintln(p.out, noShards)
 		return nil
+	}
+	whole := view
+	if notOK {
+		view.Shards = slices.DeleteFunc(slices.Clone(view.Shards), func(s placement.ShardOverview) bool { return s.State == stateOK })
+	}
+	if p.format == formatJSON {
+		return p.json(view)
 	}
 	header := []string{"SHARD", "STATE", "LEADER", "DATA", "WITNESSES", "SURVIVES"}
 	var rows [][]string
@@ -73,10 +77,15 @@ func (p *printer) shards(view placement.Overview) error {
 		rows = append(rows, []string{fmt.Sprint(s.Number), s.State, orDash(s.Leader), holders(s, placement.Data),
 			holders(s, placement.Witness), survives(s)})
 	}
-	p.grid(header, rows)
-	if p.format == formatSimple {
-		fmt.Fprintf(p.out, "\n%s\n", summary(view))
+	if p.format == formatTable {
+		p.table(header, rows)
+		return nil
 	}
+	if len(rows) > 0 {
+		p.columns(append([][]string{header}, rows...))
+		fmt.Fprintln(p.out)
+	}
+	fmt.Fprintln(p.out, summary(whole))
 	return nil
 }
 
@@ -167,7 +176,7 @@ func unmade(s placement.ShardOverview) (missing []placement.TargetReplica) {
 // summary says in a line how the shards of a view are.
 func summary(view placement.Overview) string {
 	if len(view.Shards) == 0 {
-		return "no shards to show"
+		return "the shards have not been made yet"
 	}
 	count := make(map[string]int)
 	var states []string
@@ -184,7 +193,7 @@ func summary(view placement.Overview) string {
 	for i, state := range states {
 		states[i] = fmt.Sprint(count[state], " ", state)
 	}
-	text := fmt.Sprintf("%s with %s: %s", plural(len(view.Shards), "shard"), copies(view.Config.ReplicationFactor), strings.Join(states, ", "))
+	text := fmt.Sprintf("%s with %s: %s", plural(len(view.Shards), "shard"), copies(view), strings.Join(states, ", "))
 	if stopped := count[stateNoLeader] + count[stateNoQuorum]; stopped > 0 {
 		return text + ". Keys of " + plural(stopped, "shard") + " cannot be read or written now"
 	}
@@ -194,11 +203,20 @@ func summary(view placement.Overview) string {
 	return text + ". Each survives " + plural(least, "more node failure")
 }
 
-func copies(n int) string {
-	if n == 1 {
-		return "one copy of each key"
+// copies says how many of each key there are at rest.
+func copies(view placement.Overview) string {
+	stay := 0
+	for _, n := range view.Nodes {
+		stay += b2i(n.State != nodeLeaving)
 	}
-	return fmt.Sprintf("%d copies of each key", n)
+	text, wanted := "", view.Config.ReplicationFactor
+	if stay < wanted {
+		text = fmt.Sprintf(" (%d are wanted: add nodes)", wanted)
+	}
+	if min(stay, wanted) == 1 {
+		return "one copy of each key" + text
+	}
+	return fmt.Sprintf("%d copies of each key%s", min(stay, wanted), text)
 }
 
 func plural(n int, noun string) string {

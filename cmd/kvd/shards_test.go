@@ -84,6 +84,8 @@ SHARD  STATE      LEADER  DATA                                   WITNESSES   SUR
 	if _, out, _ := kvd(t, "", "shards", "--not-ok", "--endpoints", f.addr); strings.Contains(out, "\n0 ") || !strings.Contains(out, "\n1 ") {
 		t.Errorf("--not-ok prints\n%s", out)
 	}
+	calm := fakeWithShards(t, onlyShard(testView(), 0))
+	wantOutput(t, exitOK, "1 shard with 2 copies of each key: 1 ok. Each survives 1 more node failure\n", "shards", "--not-ok", "--endpoints", calm.addr)
 	full := startFake(t)
 	wantOutput(t, exitOK, noShards+"\n", "shards", "--endpoints", full.addr)
 	wantOutput(t, exitOK, `{"config":null,"nodes":[],"shards":[]}`+"\n", "shards", "-w", "json", "--endpoints", full.addr)
@@ -104,7 +106,8 @@ func TestSummary(t *testing.T) {
 		{func() {}, "1 shard with 2 copies of each key: 1 ok. Each survives 1 more node failure"},
 		{func() { view.Shards[0].Tolerates = 2 }, "1 shard with 2 copies of each key: 1 ok. Each survives 2 more node failures"},
 		{func() { view.Shards = append(view.Shards, testView().Shards[1]) }, "2 shards with 2 copies of each key: 1 ok, 1 moving. One more node failure stops some of them"},
-		{func() { view.Shards = nil }, "no shards to show"},
+		{func() { view.Shards = view.Shards[:1]; view.Nodes[2].State = "leaving"; view.Nodes = view.Nodes[1:] }, "1 shard with one copy of each key (2 are wanted: add nodes): 1 ok. Each survives 2 more node failures"},
+		{func() { view.Shards = nil }, "the shards have not been made yet"},
 	} {
 		c.change()
 		if got := summary(overviewOf(view)); got != c.want {
