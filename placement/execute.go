@@ -25,7 +25,7 @@ var Methods = []string{MethodReport, MethodStep, MethodProbe}
 
 const (
 	// stepTimeout bounds a step, and a look.
-	stepTimeout = 10 * time.Second
+	stepTimeout = 5 * time.Second
 	// maxSteps bounds the steps under way at the same time.
 	maxSteps = 32
 	// A step that failed is planned anew after a pause, which doubles.
