@@ -17,8 +17,11 @@ import (
 	"kvd/server/kvdpb"
 )
 
-// leavePoll is how often a node that leaves is looked at.
-const leavePoll = 200 * time.Millisecond
+// How often a node that leaves is looked at, and at most talked about.
+const (
+	leavePoll = 200 * time.Millisecond
+	leaveSay  = time.Second
+)
 
 func newMemberRemoveCommand(client *clientOptions) *cobra.Command {
 	var force, noWait bool
@@ -139,13 +142,14 @@ func endpointsWithout(members []*pb.Member, name string, given []string) []strin
 	return slices.CompactFunc(all, func(a, b string) bool { return hostPort(a) == hostPort(b) })
 }
 
-// awaitLeft waits until the node is no member any more, and says what that waits for whenever it changes.
+// awaitLeft waits until the node is no member any more, and says what that waits for when it changes.
 func (o *clientOptions) awaitLeft(ctx context.Context, p *printer, name string, endpoints []string) error {
 	client := *o
 	if len(endpoints) > 0 {
 		client.endpoints = endpoints
 	}
 	said := ""
+	var next time.Time // to say something
 	for {
 		view, err := client.overview(ctx)
 		waits, here := "", true
@@ -162,10 +166,10 @@ func (o *clientOptions) awaitLeft(ctx context.Context, p *printer, name string, 
 		if !here {
 			return nil
 		}
-		if waits != said && p.format == formatSimple {
+		if waits != said && p.format == formatSimple && !time.Now().Before(next) {
 			fmt.Fprintln(p.out, waits)
+			said, next = waits, time.Now().Add(leaveSay)
 		}
-		said = waits
 		select {
 		case <-time.After(leavePoll):
 		case <-ctx.Done():
