@@ -27,6 +27,7 @@ type cluster struct {
 	dir      string
 	network  *transport.MemoryNetwork
 	members  []string
+	witness  string // the member whose replica is one
 	replicas map[string]*Replica
 	nodes    map[string]*transport.Transport
 	logs     map[string]*testLog
@@ -37,10 +38,15 @@ type cluster struct {
 
 // bubble runs a test of n voters in virtual time.
 func bubble(t *testing.T, n int, tune func(*Config), test func(c *cluster)) {
+	bubbleWith(t, n, "", tune, test)
+}
+
+// bubbleWith is bubble with one of the voters, if it is named, a witness.
+func bubbleWith(t *testing.T, n int, witness string, tune func(*Config), test func(c *cluster)) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
 		c := &cluster{
-			t: t, dir: dir, network: transport.NewMemoryNetwork(), tune: tune, metrics: prometheus.NewRegistry(),
+			t: t, dir: dir, witness: witness, network: transport.NewMemoryNetwork(), tune: tune, metrics: prometheus.NewRegistry(),
 			replicas: make(map[string]*Replica), nodes: make(map[string]*transport.Transport), logs: make(map[string]*testLog),
 		}
 		for i := range n {
@@ -62,10 +68,17 @@ func bubble(t *testing.T, n int, tune func(*Config), test func(c *cluster)) {
 func (c *cluster) configuration() *raft.Configuration {
 	conf := &raft.Configuration{}
 	for _, name := range c.members {
-		id := name + "/1"
-		conf.Servers = append(conf.Servers, raft.Server{ID: raft.ServerID(id), Address: raft.ServerAddress(id)})
+		id := c.id(name, 1)
+		conf.Servers = append(conf.Servers, raft.Server{ID: id, Address: raft.ServerAddress(id)})
 	}
 	return conf
+}
+
+func (c *cluster) id(name string, number int) raft.ServerID {
+	if name == c.witness {
+		return raft.ServerID(fmt.Sprintf("%s/%dw", name, number))
+	}
+	return raft.ServerID(fmt.Sprintf("%s/%d", name, number))
 }
 
 // start opens the replica <name>/<number> on its node.
@@ -84,7 +97,7 @@ func (c *cluster) start(name string, number int, bootstrap *raft.Configuration) 
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	id := raft.ServerID(fmt.Sprintf("%s/%d", name, number))
+	id := c.id(name, number)
 	log := c.logs[string(id)]
 	if log == nil {
 		log = &testLog{InmemStore: raft.NewInmemStore()}

@@ -1,12 +1,13 @@
 package shard
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/hashicorp/raft"
 )
 
-// settledLog is the log for raft. It refuses to replace what the state has
+// settledLog is the log for raft. It bounds a witness's, and refuses to replace what the state has
 // applied, and halts the replica: entries that were committed are only taken
 // back by a leader that has lost them, together with a majority of the disks.
 // Going on would answer reads from a state that the others do not have (I4).
@@ -33,7 +34,18 @@ func (s settledLog) StoreLogs(entries []*raft.Log) error {
 			return err
 		}
 	}
-	return s.LogStore.StoreLogs(entries)
+	h := s.l.r.held
+	if h == nil {
+		return s.LogStore.StoreLogs(entries)
+	}
+	if err := h.admit(entries); err != nil {
+		return err
+	}
+	if err := s.LogStore.StoreLogs(entries); err != nil {
+		return err
+	}
+	h.add(entries)
+	return nil
 }
 
 // DeleteRange implements raft.LogStore. Raft removes the log's end only when a
@@ -53,7 +65,24 @@ func (s settledLog) DeleteRange(lo, hi uint64) error {
 			return err
 		}
 	}
-	return s.LogStore.DeleteRange(lo, hi)
+	if err := s.LogStore.DeleteRange(lo, hi); err != nil {
+		return err
+	}
+	return s.measure()
+}
+
+// measure notes what is left of a witness's log.
+func (s settledLog) measure() error {
+	if s.l.r.held == nil {
+		return nil
+	}
+	first, err1 := s.FirstIndex()
+	last, err2 := s.LastIndex()
+	if err := errors.Join(err1, err2); err != nil {
+		return err
+	}
+	s.l.r.held.keep(first, last)
+	return nil
 }
 
 // check fails if the entry at index is applied.

@@ -17,6 +17,8 @@ var (
 	ErrOverloaded = errors.New("shard: too many requests are waiting")
 	// ErrTooLarge: the request alone exceeds what one log entry may hold.
 	ErrTooLarge = errors.New("shard: request is too large")
+	// ErrNoState: this replica is a witness and has no state to read.
+	ErrNoState = errors.New("shard: a witness has no state")
 	// ErrClosed: the replica is closed.
 	ErrClosed = errors.New("shard: replica is closed")
 	// ErrLogGap: the log begins after the state's next entry (invariant I9).

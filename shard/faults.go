@@ -32,6 +32,11 @@ type Faults struct {
 	// SnapshotWithoutGate lets entries with revisions that a snapshot read has
 	// already passed into the log.
 	SnapshotWithoutGate bool
+	// WitnessServes treats witnesses like data replicas, though their states
+	// have applied nothing. It must be on from a replica's first start.
+	WitnessServes bool
+
+	witnessStands bool // witnesses stand for election like others
 }
 
 // acknowledgeNow answers the puts of a batch; nobody waits for them any more.

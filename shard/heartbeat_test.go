@@ -63,7 +63,10 @@ func TestHeartbeatsGoThroughTheMainLoop(t *testing.T) {
 	if diverge(t, false) {
 		t.Error("replicas differ")
 	}
-	if !diverge(t, true) {
-		t.Error("the planted fast path did no harm: this test proves nothing")
+	for range 20 { // the old leader may learn of its fall in another way first
+		if diverge(t, true) {
+			return
+		}
 	}
+	t.Error("the planted fast path did no harm: this test proves nothing")
 }

@@ -34,6 +34,9 @@ func (r *Replica) install(ctx context.Context, req *raft.InstallSnapshotRequest,
 	} else if covered {
 		return l.installed(true), nil
 	}
+	if r.Witness() {
+		return r.jump(l, req)
+	}
 	r.slog.Info("receiving a snapshot", "index", req.LastLogIndex, "term", req.LastLogTerm, "bytes", req.Size)
 	staged, err := snapshot.Stage(ctx, body, r.cfg.Dir)
 	if err != nil {
@@ -47,7 +50,21 @@ func (r *Replica) install(ctx context.Context, req *raft.InstallSnapshotRequest,
 	if err != nil {
 		return nil, fmt.Errorf("shard: open the received state: %w", err)
 	}
-	return r.swap(l, staged, next)
+	replaced := false
+	answer, err := r.swap(l, staged.Meta, func() (*state, error) {
+		replaced = true
+		return newState(next), r.replace(l.state.store, next, staged)
+	})
+	switch {
+	case !replaced || err != nil:
+		err = errors.Join(err, next.Close())
+	default:
+		_ = l.state.retire()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return answer, nil
 }
 
 func (l *life) installed(success bool) *raft.InstallSnapshotResponse {
@@ -81,30 +98,25 @@ func (r *Replica) covers(store *fsm.Store, index, term uint64) (bool, error) {
 	}
 }
 
-// swap ends the life l and begins one with the received state, or with the old
-// one if raft has appended or applied what the snapshot brings meanwhile. If
-// neither can begin, the process must end, unless the node is closing.
-func (r *Replica) swap(l *life, staged *snapshot.Staged, next *fsm.Store) (*raft.InstallSnapshotResponse, error) {
+// swap ends the life l and begins one with the state that replace returns, or
+// with the old one if raft has appended or applied what the snapshot brings
+// meanwhile. If neither can begin, the process must end, unless the node is
+// closing.
+func (r *Replica) swap(l *life, meta snapshot.Meta, replace func() (*state, error)) (*raft.InstallSnapshotResponse, error) {
 	r.turn <- struct{}{}
 	defer func() { <-r.turn }()
 	if r.closed.Load() {
-		return nil, errors.Join(ErrClosed, next.Close())
+		return nil, ErrClosed
 	}
 	l.stop()
 	answer := l.installed(true)
-	old := l.state
-	covered, err := r.covers(old.store, staged.Meta.Index, staged.Meta.Term)
-	switch {
-	case err != nil:
-	case covered:
-		err = r.startLife(old, nil)
-	default:
-		if err = r.replace(old.store, next, staged); err == nil {
-			err = r.startLife(newState(next), nil)
-		}
+	next := l.state
+	covered, err := r.covers(l.state.store, meta.Index, meta.Term)
+	if err == nil && !covered {
+		next, err = replace()
 	}
-	if covered || err != nil {
-		err = errors.Join(err, next.Close())
+	if err == nil {
+		err = r.startLife(next, nil)
 	}
 	if err != nil {
 		if !errors.Is(err, ErrClosed) {
@@ -113,9 +125,8 @@ func (r *Replica) swap(l *life, staged *snapshot.Staged, next *fsm.Store) (*raft
 		return nil, err
 	}
 	if !covered {
-		_ = old.retire()
 		r.metrics.installs.Inc()
-		r.slog.Info("installed a snapshot", "index", staged.Meta.Index, "term", staged.Meta.Term)
+		r.slog.Info("installed a snapshot", "index", meta.Index, "term", meta.Term)
 	}
 	return answer, nil
 }

@@ -106,7 +106,7 @@ func (c *cluster) lone(first, last, term uint64) *Replica {
 		c.t.Fatal(err)
 	}
 	c.members = []string{"n1"}
-	c.logs["n1/1"] = log
+	c.logs[string(c.id("n1", 1))] = log
 	return c.start("n1", 1, nil)
 }
 

@@ -26,8 +26,11 @@ type life struct {
 	reads     *reads
 	tail      *tail
 
+	standing sync.Mutex
+	stands   time.Time // when a witness, with no leader, would have stood first
+
 	notify chan bool             // leadership gained or lost, from raft
-	role   atomic.Pointer[epoch] // this replica's leadership; nil = follower
+	role   atomic.Pointer[epoch] // this replica's leadership; nil = follower or witness
 	halted atomic.Bool           // the state machine refused an entry
 
 	committed chan struct{} // capacity 1: entries were applied while leading
@@ -66,12 +69,13 @@ func (r *Replica) startLife(st *state, bootstrap *raft.Configuration) error {
 		transport = newFastPath(transport)
 	}
 	l := &life{
-		r: r, transport: newPacedTransport(transport, r.cfg.HeartbeatTimeout/heartbeats), state: st,
+		r: r, state: st,
 		snapshots: snapshot.NewStore(st.store, snapshot.Config{Limit: r.cfg.Streams, Logger: r.slog, Registerer: r.registry.registerer()}),
 		notify:    make(chan bool, 64),
 		committed: make(chan struct{}, 1),
 		tail:      newTail(r.cfg),
 	}
+	l.transport = newPacedTransport(roleTransport{transport, l}, r.cfg.HeartbeatTimeout/heartbeats)
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	l.done = l.ctx.Done()
 	l.proposer = newProposer(l)
@@ -195,26 +199,39 @@ func (l *life) stop() {
 // watchLeadership follows raft's notifications. Raft's main loop blocks on a
 // full channel, so nothing here waits.
 func (l *life) watchLeadership() {
-	defer l.endEpoch()
+	var e *epoch
 	for {
 		select {
 		case leads := <-l.notify:
-			l.endEpoch()
+			l.endEpoch(e)
+			e = nil
 			if leads {
-				e := &epoch{serving: make(chan struct{}), over: make(chan struct{})}
-				l.role.Store(e)
-				l.tasks.Go(func() { l.establish(e) })
+				e = l.beginEpoch()
 			}
 			l.r.changed.fire()
 		case <-l.done:
+			l.endEpoch(e)
 			return
 		}
 	}
 }
 
-// endEpoch answers everything that waits for the leadership that is lost.
-func (l *life) endEpoch() {
-	if e := l.role.Swap(nil); e != nil {
+func (l *life) beginEpoch() *epoch {
+	e := &epoch{serving: make(chan struct{}), over: make(chan struct{})}
+	if l.r.Witness() {
+		l.tasks.Go(func() { l.handOver(e) })
+		return e
+	}
+	l.role.Store(e)
+	l.tasks.Go(func() { l.establish(e) })
+	return e
+}
+
+// endEpoch answers everything that waits for the leadership that is lost; e is
+// nil if there was none.
+func (l *life) endEpoch(e *epoch) {
+	l.role.Store(nil)
+	if e != nil {
 		close(e.over)
 		l.r.metrics.leaderChanges.Inc()
 	}
@@ -230,9 +247,7 @@ func (l *life) establish(e *epoch) {
 		return
 	}
 	defer l.proposer.open.Done()
-	var b fsm.EntryBuilder
-	b.Add(fsm.Request{})
-	f := l.raft.Apply(b.Bytes(), 0)
+	f := l.raft.Apply(emptyEntry(), 0)
 	if err := f.Error(); err != nil {
 		l.r.slog.Info("leadership was lost before it could serve", "error", err)
 		return
@@ -246,6 +261,13 @@ func (l *life) establish(e *epoch) {
 	l.proposer.kick()
 	l.r.changed.fire()
 	l.r.slog.Info("leading the group", "term", e.term)
+}
+
+// emptyEntry holds a command that changes nothing.
+func emptyEntry() []byte {
+	var b fsm.EntryBuilder
+	b.Add(fsm.Request{})
+	return b.Bytes()
 }
 
 // watchObservations wakes those who wait for a leader when raft sees one.

@@ -65,7 +65,11 @@ func (m *machine) apply(entry *raft.Log) ([]fsm.Result, error) {
 	store := m.l.state.store
 	switch entry.Type {
 	case raft.LogCommand:
-		return store.Apply(entry.Index, entry.Term, entry.Data)
+		data := entry.Data
+		if m.l.r.cfg.Faults.WitnessServes && IsWitness(m.l.r.cfg.Replica) {
+			data = emptyEntry()
+		}
+		return store.Apply(entry.Index, entry.Term, data)
 	case raft.LogConfiguration:
 		return nil, store.ApplyConfiguration(entry.Index, entry.Term, raft.DecodeConfiguration(entry.Data))
 	default:

@@ -11,7 +11,7 @@ import (
 )
 
 // Leader is who leads the group as far as this replica knows: a hint, never a
-// proof.
+// proof. A witness is not named: it serves nothing and hands over.
 type Leader struct {
 	Node string        // empty: unknown
 	ID   raft.ServerID // empty: unknown
@@ -70,6 +70,9 @@ func IsWitness(id raft.ServerID) bool { return strings.HasSuffix(string(id), "w"
 func (r *Replica) Leader() Leader {
 	l := r.life.Load()
 	_, id := l.raft.LeaderWithID()
+	if IsWitness(id) && !r.cfg.Faults.WitnessServes {
+		id = ""
+	}
 	return Leader{Node: NodeOf(id), ID: id, Term: l.raft.CurrentTerm(), Self: id == r.cfg.Replica && l.role.Load() != nil}
 }
 
@@ -108,10 +111,6 @@ func (r *Replica) Status() Status {
 	s.ConfigurationIndex, s.ConfigurationCommitted = index, slices.Equal(applied.Servers, latest.Servers)
 	return s
 }
-
-// Witness reports whether this replica is a witness: it votes and keeps the
-// log, but has no state and serves nothing.
-func (r *Replica) Witness() bool { return IsWitness(r.cfg.Replica) }
 
 // Followers tells how far the other members follow, voters and learners; nil
 // if this replica does not lead and serve.

@@ -11,6 +11,7 @@ type metrics struct {
 
 	commitSeconds, confirmSeconds, applySeconds, batchRequests prometheus.Histogram
 	shed, leaderChanges, truncations, installs, diskStalls     prometheus.Counter
+	witnessLeads                                               prometheus.Counter // of witnesses
 	floorsDropped                                              prometheus.Counter
 }
 
@@ -27,6 +28,14 @@ func newMetrics(r *Replica) *metrics {
 	m.truncations = m.counter("log_truncations_total", "Times the state was made durable so that the log's beginning could go.")
 	m.installs = m.counter("snapshot_installs_total", "Snapshots that a leader sent and that were installed here.")
 	m.diskStalls = m.counter("disk_stalls_total", "Times the replica went silent because a log write was stalled.")
+	if r.Witness() {
+		m.witnessLeads = m.counter("witness_leads_total", "Times this witness was elected, to feed another replica and hand over.")
+		m.register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "kvd_shard_witness_log_bytes", Help: "About how large the log of this witness is."},
+			func() float64 { return float64(r.held.sizeBytes()) }))
+		m.register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "kvd_shard_witness_log_limit_bytes", Help: "The size at which the log of this witness takes no more writes."},
+			func() float64 { return float64(r.cfg.WitnessLogBytes) }))
+		r.held.refused = m.counter("witness_log_refused_total", "Times this witness refused writes because its log is at its limit.")
+	}
 	gauge := func(name, help string, value func(*life) float64) {
 		m.register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "kvd_shard_" + name, Help: help}, func() float64 {
 			if l := r.life.Load(); l != nil {

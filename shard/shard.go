@@ -79,7 +79,8 @@ type Config struct {
 	// OpenLog opens the log; guard is the highest index that truncation of the
 	// log's beginning may delete.
 	OpenLog func(guard func() uint64) (LogStore, error)
-	// State tunes the state machine; Path, Group and ClusterID are filled in.
+	// State tunes the state machine; Path, Group, ClusterID and Witness are
+	// filled in.
 	State fsm.Config
 	// Sequencer hands out the revisions of a group that shares them with
 	// others; nil: the state numbers them itself.
@@ -102,6 +103,10 @@ type Config struct {
 	SnapshotBytes   int64  // log bytes between truncations; 256 MiB
 	TrailingEntries uint64 // entries kept for lagging followers; 5,000
 	TrailingBytes   int64  // bytes kept for lagging followers; 64 MiB
+
+	// WitnessLogBytes bounds the log of a witness while a data replica lacks
+	// its beginning. At the bound it takes no more writes; 4 GiB.
+	WitnessLogBytes int64
 
 	DiskStepDown time.Duration // a log write this slow silences the replica; 5 s
 	DiskFatal    time.Duration // a log write this slow ends the process; 30 s
@@ -136,6 +141,7 @@ func (c *Config) setDefaults() {
 	setDefault(&c.SnapshotBytes, 256<<20)
 	setDefault(&c.TrailingEntries, 5_000)
 	setDefault(&c.TrailingBytes, 64<<20)
+	setDefault(&c.WitnessLogBytes, 4<<30)
 	setDefault(&c.DiskStepDown, 5*time.Second)
 	setDefault(&c.DiskFatal, 30*time.Second)
 	if c.OnFatal == nil {
@@ -182,6 +188,9 @@ type Replica struct {
 	turn   chan struct{}
 	closed atomic.Bool
 	life   atomic.Pointer[life]
+
+	floor atomic.Uint64 // what a witness may remove of its log
+	held  *held         // a witness's log; nil on others
 
 	changed broadcast // leader, role or life changed
 	fatal   sync.Once
@@ -243,7 +252,12 @@ func (r *Replica) openFiles() (*fsm.Store, error) {
 	if r.log, err = r.cfg.OpenLog(r.truncationGuard); err != nil {
 		return nil, errors.Join(err, store.Close())
 	}
-	if err := r.repairLog(store); err != nil {
+	err = r.repairLog(store)
+	if r.Witness() && err == nil {
+		r.held = &held{log: r.slog, limitBytes: r.cfg.WitnessLogBytes, empty: emptyEntry()}
+		err = r.held.measure(r.log)
+	}
+	if err != nil {
 		return nil, errors.Join(err, r.log.Close(), store.Close())
 	}
 	return store, nil
@@ -256,7 +270,7 @@ func (r *Replica) statePath() string { return filepath.Join(r.cfg.Dir, StateFile
 
 func (r *Replica) openState(path string) (*fsm.Store, error) {
 	cfg := r.cfg.State
-	cfg.Path, cfg.Group, cfg.ClusterID = path, r.cfg.Group, r.cfg.ClusterID
+	cfg.Path, cfg.Group, cfg.ClusterID, cfg.Witness = path, r.cfg.Group, r.cfg.ClusterID, r.Witness()
 	cfg.Logger, cfg.Registerer = r.slog, r.registry.registerer()
 	return fsm.Open(cfg)
 }
@@ -292,8 +306,11 @@ func (r *Replica) fail(err error) {
 // AcquireState waits until this replica's state has applied minIndex and pins
 // it: the state stays readable until release is called, even if a snapshot
 // replaces it. release must be called exactly once, and soon: Close waits for
-// it.
+// it. A witness answers ErrNoState.
 func (r *Replica) AcquireState(ctx context.Context, minIndex uint64) (_ *fsm.Store, release func(), _ error) {
+	if r.Witness() {
+		return nil, nil, ErrNoState
+	}
 	for {
 		next := r.changed.wait()
 		l := r.life.Load()

@@ -33,11 +33,21 @@ func newTail(cfg Config) *tail {
 	}
 }
 
+func (t *tail) trigger() {
+	select {
+	case t.due <- struct{}{}:
+	default:
+	}
+}
+
+// sizeOf is what an entry takes in the log.
+func sizeOf(entry *raft.Log) int64 { return int64(len(entry.Data)) + entryOverhead }
+
 // entryOverhead is what an entry costs in the log besides its data, roughly.
 const entryOverhead = 64
 
 func (t *tail) add(entry *raft.Log) {
-	size := int64(len(entry.Data)) + entryOverhead
+	size := sizeOf(entry)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if uint64(len(t.sizes)) < max(1, t.keepEntries) {
@@ -49,10 +59,7 @@ func (t *tail) add(entry *raft.Log) {
 	t.entries++
 	t.bytes += size
 	if t.entries >= t.limitEntries || t.bytes >= t.limitBytes {
-		select {
-		case t.due <- struct{}{}:
-		default:
-		}
+		t.trigger()
 	}
 }
 
@@ -98,11 +105,16 @@ func (l *life) watchTail() {
 
 // truncationGuard is the highest index that truncation of the log's beginning
 // may delete: what the state machine has made durable (I9), and nothing that a
-// snapshot under way still needs behind it.
+// snapshot under way still needs behind it, or that, on a witness, a data
+// replica lacks.
 func (r *Replica) truncationGuard() uint64 {
 	l := r.life.Load()
 	if l == nil {
 		return 0
 	}
-	return l.snapshots.Guard()
+	guard := l.snapshots.Guard()
+	if r.Witness() {
+		guard = min(guard, r.floor.Load())
+	}
+	return guard
 }
