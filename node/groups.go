@@ -332,7 +332,7 @@ var _ placement.Host = (*groups)(nil)
 func (g *groups) refreshUsable() {
 	usable := make(map[uint64]*shard.Replica)
 	for key, replica := range g.Replicas() {
-		if shard.IsWitness(key.ID) {
+		if replica.Witness() {
 			continue
 		}
 		for _, m := range replica.Status().Members {
