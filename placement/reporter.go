@@ -86,7 +86,7 @@ func (r *Reconciler) report(ctx context.Context) error {
 	}
 	for ref, replica := range r.replicas() {
 		if floor := answer.Floors[ref.Group]; floor > 0 && shard.IsWitness(ref.ID) {
-			setTruncationFloor(replica, floor)
+			replica.SetTruncationFloor(floor)
 		}
 	}
 	return nil
@@ -139,13 +139,6 @@ func describe(replica *shard.Replica) GroupReport {
 		}
 	}
 	return g
-}
-
-// setTruncationFloor lets a witness forget the beginning of its log.
-func setTruncationFloor(replica *shard.Replica, index uint64) {
-	if w, ok := any(replica).(interface{ SetTruncationFloor(index uint64) }); ok {
-		w.SetTruncationFloor(index)
-	}
 }
 
 // accept takes a report in, on group 0's leader.
