@@ -99,7 +99,7 @@ func (c checker) check(step ShardStep) string {
 		return "it is no data voter that lives and has caught up"
 	case step.Action == Transfer:
 		return ""
-	case twice && !(step.Action == Remove && m.Voter && m.Node == second):
+	case twice && !(step.Action == Remove && m.Voter && (m.Node == second || !c.alive(m.ID))):
 		return fmt.Sprintf("%s has two voters, one of which must leave first", second)
 	case step.Action == AddLearner && in:
 		return "it is in the group already"
@@ -137,12 +137,13 @@ func (c checker) checkPromote(m shard.Member) string {
 		return fmt.Sprintf("it has not been measured to have caught up: log %d of %d", c.own.Leading.Followers[m.ID].Match, c.own.Commit)
 	}
 	for _, other := range c.voters {
-		if other.Node == m.Node && (RoleOf(other.ID) != Witness || RoleOf(m.ID) != Data) {
+		if other.Node == m.Node && c.alive(other.ID) && (RoleOf(other.ID) != Witness || RoleOf(m.ID) != Data) {
 			return fmt.Sprintf("%s on its node votes", other.ID)
 		}
 	}
-	if data := c.count("", isDataVoter); RoleOf(m.ID) == Witness && !dataInEveryQuorum(data, len(c.voters)+1) {
-		return fmt.Sprintf("with it, a quorum could be without any of the %d data replicas", data)
+	data := c.count("", func(m shard.Member) bool { return isDataVoter(m) && c.caughtUp(m.ID) })
+	if RoleOf(m.ID) == Witness && !dataInEveryQuorum(data, len(c.voters)+1) {
+		return fmt.Sprintf("with it, a quorum could be without any of the %d data replicas that live", data)
 	}
 	ready := c.count("", func(m shard.Member) bool { return c.caughtUp(m.ID) }) + 1
 	if 2*ready <= len(c.voters)+1 {

@@ -33,7 +33,8 @@ type standing struct {
 	wanted   bool // fills a slot of the target
 	reported bool
 	used     bool // has had entries
-	alive    bool // has answered its leader lately; of no member: has reported
+	answers  bool // its leader, lately
+	alive    bool // and its node has reported lately; of no member: has reported itself
 	filled   bool // and has, by measurement, all but the very latest entries
 	caughtUp bool // and may have a vote: its log begins early enough
 	first    uint64
@@ -107,12 +108,13 @@ func (p *shardPlan) measure(r *standing) {
 	}
 	leader := p.group.Leader
 	if r.id == leader.Replica {
-		r.alive, r.filled, r.match, r.last = true, true, leader.Last, leader.Last
+		r.answers, r.alive, r.filled, r.match, r.last = true, true, true, leader.Last, leader.Last
 		return
 	}
 	f, followed := leader.Leading.Followers[r.id]
 	r.match, r.last = f.Match, max(r.last, f.Match)
-	r.alive = nodeAlive && !r.lost && followed && f.Acked >= 0 && f.Acked <= p.view.Limits.Acked
+	r.answers = followed && f.Acked >= 0 && f.Acked <= p.view.Limits.Acked
+	r.alive = r.answers && nodeAlive && !r.lost
 	r.filled = r.alive && reported && near(f.Match, leader.Commit) && hasApplied(report, leader.Commit) || p.view.faults.promoteUnmeasured
 }
 
@@ -219,11 +221,7 @@ func (p *shardPlan) next(t *traffic) *ShardStep {
 		return nil
 	}
 	if second := p.secondVote(); second != nil && !p.view.faults.keepSecondVote {
-		if p.majorityWithout(second) {
-			return p.step(Remove, second, "%s votes twice since its data replica got a vote: %s is not needed any more", second.node, second.id)
-		}
-		p.wait("%s cannot be removed yet: too few of the other voters live and have caught up", second.id)
-		return nil
+		return p.removeSecond(second)
 	}
 	for _, find := range []func(*traffic) *ShardStep{p.dropLearner, p.replaceLost, p.promote, p.remove, p.addLearner, p.create, p.forget, p.transfer} {
 		if step := find(t); step != nil {
@@ -291,6 +289,21 @@ func (p *shardPlan) secondVote() *standing {
 	return second
 }
 
+// removeSecond takes a node's second vote before anything else, unless the group
+// needs it to get rid of a voter that will never be back.
+func (p *shardPlan) removeSecond(second *standing) *ShardStep {
+	if p.majorityWithout(second) {
+		return p.step(Remove, second, "%s votes twice since its data replica got a vote: %s is not needed any more", second.node, second.id)
+	}
+	for _, r := range p.replicas {
+		if r.voter && (r.lost || r.gone && !r.staying) && p.majorityWithout(r) {
+			return p.step(Remove, r, "%s does not come back, because %s, and the others need its vote to go on", r.id, p.reason(r))
+		}
+	}
+	p.wait("%s cannot be removed yet: too few of the other voters live and have caught up", second.id)
+	return nil
+}
+
 func (p *shardPlan) dropLearner(*traffic) *ShardStep {
 	for _, r := range p.replicas {
 		if r.member && !r.voter && !r.wanted {
@@ -304,9 +317,9 @@ func (p *shardPlan) dropLearner(*traffic) *ShardStep {
 // before the next one gets its own: should that be lost too, then right after
 // its promotion, the others are still a quorum.
 func (p *shardPlan) replaceLost(*traffic) *ShardStep {
-	for _, replaced := range []func(*standing) bool{p.followed, p.replaced} {
+	for _, next := range []func(*standing) bool{p.followed, p.replaced} {
 		for _, r := range p.replicas {
-			if r.voter && r.lost && replaced(r) && p.majorityWithout(r) {
+			if r.voter && r.lost && next(r) && p.replaced(r) && p.majorityWithout(r) {
 				return p.step(Remove, r, "%s can never answer again, because %s, and a replica that takes its place has caught up", r.id, p.reason(r))
 			}
 		}
@@ -324,10 +337,10 @@ func (p *shardPlan) promote(*traffic) *ShardStep {
 			switch {
 			case !r.caughtUp:
 				p.waitToCatchUp(r)
-			case beside != nil && (beside.lost || beside.role == Data || r.role == Witness):
+			case beside != nil && !beside.lost && (beside.role == Data || r.role == Witness):
 				// That one leaves first (remove).
-			case r.role == Witness && !dataInEveryQuorum(p.count(isVoter, isData, keepsFiles), p.count(isVoter)+1):
-				p.wait("%s has caught up, but gets its vote only when there are more data replicas", r.id)
+			case r.role == Witness && !dataInEveryQuorum(p.count(isVoter, isData, isCaughtUp), p.count(isVoter)+1):
+				p.wait("%s has caught up, but gets its vote only when more data replicas live and have caught up", r.id)
 			case !p.majorityWith(r):
 				p.wait("%s has caught up, but too few of the voters live and have caught up for it to get a vote", r.id)
 			default:
@@ -387,15 +400,17 @@ func (p *shardPlan) needed(r *standing) string {
 	}
 	f := p.view.faults
 	copies := p.count(isVoter, isData, isWanted, isCaughtUp)
-	enough := p.count(isVoter, stays, but(r)) >= p.data+p.witnesses // and if there were an even number, they bear as many failures
+	slots := p.data + p.witnesses
+	enough := p.count(isVoter, stays, but(r)) >= slots
+	asSafe := p.count(isVoter)%2 == 0 && p.count(isVoter, keepsFiles, but(r)) >= slots // bears as many failures
 	switch {
-	case r.role == Data && !r.gone && copies < p.data && !f.lowerCopies:
+	case r.role == Data && (!r.gone || r.answers && !r.lost) && copies < p.data && !f.lowerCopies:
 		return fmt.Sprintf("%d of the %d data replicas that shall remain live and have caught up", copies, p.data)
 	case p.replaced(r), r.gone && copies >= p.data && p.keepsOut(r):
 		return ""
 	case r.role == Data && r.gone && p.count(isVoter, isData, stays, but(r)) < p.data && !f.removeEarly:
 		return fmt.Sprintf("nothing replaces it yet, and the shard shall have %d data replicas", p.data)
-	case r.alive && !p.complete() && !(enough && p.count(isVoter)%2 == 0) && !f.lowerCopies:
+	case r.alive && !p.complete() && !asSafe && !f.lowerCopies:
 		return "not all replicas that are wanted have a vote, live and have caught up"
 	case !r.alive && !enough && !f.removeEarly:
 		return fmt.Sprintf("nothing replaces it yet, and the shard shall have %d voters", p.data+p.witnesses)
@@ -415,11 +430,16 @@ func (p *shardPlan) followed(r *standing) bool {
 }
 
 // replaced reports whether r is followed, or is lost and learners that have
-// caught up make up for it.
+// caught up make up for it; and of a lost one, whether data remains in every
+// quorum without it.
 func (p *shardPlan) replaced(r *standing) bool {
+	if !r.lost {
+		return p.followed(r)
+	}
 	voters := p.count(isVoter, but(r)) + p.count(isNext)
 	data := p.count(isVoter, isData, but(r)) + p.count(isNext, isData)
-	return p.followed(r) || r.lost && p.count(isNext) > 0 && voters >= p.data+p.witnesses && data >= p.data
+	bears := dataInEveryQuorum(p.count(isVoter, isData, isCaughtUp, but(r)), p.count(isVoter, but(r)))
+	return bears && (p.followed(r) || p.count(isNext) > 0 && voters >= p.data+p.witnesses && data >= p.data)
 }
 
 // keepsOut reports whether a witness could get its vote if r did not count on it:
