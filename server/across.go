@@ -94,7 +94,19 @@ func (s *kv) merged(ctx context.Context, r *pb.RangeRequest, sources []*source) 
 // newSource reads a range of one group: what its leader has, or what any state
 // has.
 func (r *router) newSource(group uint64, request *pb.RangeRequest, lead bool) *source {
-	return &source{router: r, ask: pageRequest{group: group, lead: lead, r: proto.CloneOf(request)}}
+	return &source{router: r, ask: pageRequest{group: group, lead: lead, r: sameKeys(request)}}
+}
+
+// sameKeys copies a request for one of many groups, but for its keys, which may
+// be large.
+func sameKeys(r *pb.RangeRequest) *pb.RangeRequest {
+	return &pb.RangeRequest{
+		Key: r.Key, RangeEnd: r.RangeEnd, Limit: r.Limit, Revision: r.Revision,
+		SortOrder: r.SortOrder, SortTarget: r.SortTarget,
+		Serializable: r.Serializable, KeysOnly: r.KeysOnly, CountOnly: r.CountOnly,
+		MinModRevision: r.MinModRevision, MaxModRevision: r.MaxModRevision,
+		MinCreateRevision: r.MinCreateRevision, MaxCreateRevision: r.MaxCreateRevision,
+	}
 }
 
 // sourcesAcross are all groups, at the newest revision or at the request's.
@@ -147,7 +159,7 @@ func (s *kv) streamSharded(r *pb.RangeRequest, stream grpc.ServerStreamingServer
 		s.router.fill(resp.Header)
 		return stream.Send(&pb.RangeStreamResponse{RangeResponse: resp})
 	}
-	r = proto.CloneOf(r)
+	r = sameKeys(r)
 	r.SortTarget = pb.RangeRequest_KEY // as in RangeStream
 	meter := &sharedMeter{meter: s.router.answers.meter()}
 	defer meter.meter.release()

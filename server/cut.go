@@ -134,15 +134,25 @@ func (r *router) gates(ctx context.Context, at int64, groups []uint64) ([]gate, 
 	for a := (attempts{router: r}); len(groups) > 0; {
 		passed, err := r.tryGates(ctx, at, groups, &a)
 		done = append(done, passed...)
-		groups = slices.DeleteFunc(slices.Clone(groups), func(group uint64) bool {
-			return slices.ContainsFunc(passed, func(g gate) bool { return g.group == group })
-		})
+		groups = without(groups, passed)
 		if len(groups) > 0 && !a.again(ctx, r.cfg.leaderChanged(groups[0]), err) {
 			return nil, err
 		}
 	}
 	slices.SortFunc(done, func(a, b gate) int { return cmp.Compare(a.group, b.group) })
 	return done, nil
+}
+
+// without are the groups that have not passed.
+func without(groups []uint64, passed []gate) []uint64 {
+	if len(passed) == len(groups) {
+		return nil
+	}
+	through := make(map[uint64]bool, len(passed))
+	for _, g := range passed {
+		through[g.group] = true
+	}
+	return slices.DeleteFunc(slices.Clone(groups), func(group uint64) bool { return through[group] })
 }
 
 // leaderChanged is of this node's replica, if it has one.
@@ -161,7 +171,7 @@ func (r *router) tryGates(ctx context.Context, at int64, groups []uint64, a *att
 	byNode := make(map[string][]uint64) // "" = this one
 	var failed error
 	for _, group := range groups {
-		to := r.target(group, a.n)
+		to := r.target(group, &attempts{n: a.n})
 		switch {
 		case to.here:
 			byNode[""] = append(byNode[""], group)
@@ -236,7 +246,7 @@ func (r *router) gateHere(ctx context.Context, group uint64, at int64) (uint64, 
 const (
 	gateHeader    = 13
 	maxGateGroups = 1 << 12
-	maxGateCalls  = 16 // answered at a time; more are told to come back
+	maxGating     = 1 << 14 // groups that other nodes wait for at a time; for more they are told to come back
 )
 
 // gatesThere asks a node that is thought to lead all of the groups.
@@ -314,10 +324,8 @@ func (r *router) handleGate(ctx context.Context, _ string, payload []byte) ([]by
 	if err != nil {
 		return answer(codeMalformed), nil
 	}
-	select {
-	case r.gating <- struct{}{}:
-		defer func() { <-r.gating }()
-	default:
+	defer r.gating.Add(-int64(len(groups)))
+	if r.gating.Add(int64(len(groups))) > maxGating {
 		return answer(codeOverloaded), nil
 	}
 	ctx, cancel := withMillis(ctx, ms)

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -49,10 +50,12 @@ type target struct {
 	changed <-chan struct{} // closed when replica hears of another leader; nil without one
 }
 
-// target finds the leader of a group: this node's replica knows it best, then
-// what other nodes have said; without either, those that have the data are
-// asked in turn.
-func (r *router) target(group uint64, attempt int) target {
+// target finds the leader of a group: the attempt before may have been told who
+// leads; else this node's replica knows best, then what other nodes have said;
+// without any of it, those that have the data are asked in turn. So they are
+// every other time in any case: a replica that was removed may believe in its
+// last leader for long.
+func (r *router) target(group uint64, a *attempts) target {
 	t := target{replica: r.cfg.Replica(group)}
 	if t.replica != nil {
 		t.changed = t.replica.LeaderChanged() // before looking who leads
@@ -60,8 +63,14 @@ func (r *router) target(group uint64, attempt int) target {
 		t.node = leader.Node
 		t.here = leader.Self || leader.Node == r.cfg.Node
 	}
-	if t.node == "" && !t.here && r.sharded {
-		t.node = r.guess(group, attempt)
+	switch {
+	case !r.sharded || t.here:
+	case a.hint != "":
+		t.node = a.hint
+	case t.node == "":
+		t.node = r.guess(group, a.n)
+	case a.n%2 == 1:
+		t.node = cmp.Or(r.guess(group, a.n/2), t.node)
 	}
 	return t
 }
@@ -145,8 +154,8 @@ func (r *router) hint(group uint64, replica Replica) []byte {
 // attempts paces the attempts of one request.
 type attempts struct {
 	router *router
-	n      int  // the present one, from 0
-	led    bool // it went where the one before was told to go
+	n      int    // the present one, from 0
+	hint   string // where the one before was told to go
 }
 
 // again reports when it is time for another attempt after one that failed with
@@ -154,10 +163,13 @@ type attempts struct {
 // once: the nodes may send a request in circles while they elect.
 func (a *attempts) again(ctx context.Context, changed <-chan struct{}, err error) bool {
 	var moved *movedError
-	a.led = !a.led && errors.As(err, &moved)
-	n := a.n
+	follow := a.hint == "" && errors.As(err, &moved)
+	a.hint = ""
+	if follow {
+		a.hint = moved.node
+	}
 	a.n++
-	if !a.led && !a.router.wait(ctx, changed, n) || ctx.Err() != nil {
+	if !follow && !a.router.wait(ctx, changed, a.n-1) || ctx.Err() != nil {
 		return false
 	}
 	a.router.metrics.retries.Inc()

@@ -11,7 +11,6 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
-	"google.golang.org/protobuf/proto"
 
 	"kvd/fsm"
 )
@@ -27,7 +26,8 @@ type merge struct {
 }
 
 const (
-	maxFetches   = 16 // pages of one request asked for at a time
+	maxFetches   = 16  // pages of one request asked for at a time
+	maxMerges    = 256 // requests that do so; more wait
 	minTarget    = 32 << 10
 	maxTarget    = 1 << 20
 	marginOfPage = 4
@@ -138,6 +138,15 @@ func sizeOfBuffers(sources []*source) int {
 // fetchAll fetches a page of each, a few at a time, and returns the first
 // error.
 func fetchAll(ctx context.Context, sources []*source, meter *sharedMeter) error {
+	if len(sources) > 1 {
+		slots := sources[0].router.fetches
+		select {
+		case slots <- struct{}{}:
+			defer func() { <-slots }()
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 	return inParallel(ctx, maxFetches, sources, func(ctx context.Context, s *source) error { return s.fetch(ctx, meter) })
 }
 
@@ -199,7 +208,7 @@ func (h *heads) Pop() any {
 // the choice by a limit, of keys that sort alike.
 func rangeOf(ctx context.Context, r *pb.RangeRequest, sources []*source, meter *sharedMeter) (*pb.RangeResponse, error) {
 	if sources[0].router.cfg.faults.limitPerShard {
-		r = proto.CloneOf(r)
+		r = sameKeys(r)
 		r.Limit *= int64(len(sources))
 	}
 	fetch := fsm.FetchLimit(r)
@@ -286,7 +295,7 @@ func best(ctx context.Context, r *pb.RangeRequest, sources []*source, meter *sha
 // the limit so that it is seen whether there are more.
 func wholes(ctx context.Context, r *pb.RangeRequest, sources []*source, meter *sharedMeter) error {
 	for _, s := range sources {
-		whole := proto.CloneOf(r)
+		whole := sameKeys(r)
 		whole.Revision = s.ask.r.Revision
 		whole.KeysOnly = r.KeysOnly && r.SortTarget != pb.RangeRequest_VALUE
 		if whole.Limit > 0 && whole.Limit < math.MaxInt64 {

@@ -26,7 +26,8 @@ type router struct {
 	leaders leaders
 	sizes   pageSizes
 	cuts    cuts
-	gating  chan struct{} // one per call of other nodes that waits for gates
+	gating  atomic.Int64  // groups whose gates other nodes wait for
+	fetches chan struct{} // one per request that reads several groups at a time
 	hashing chan struct{} // one per digest computed for another node
 
 	ctx    context.Context // ends when the router closes
@@ -56,7 +57,7 @@ var (
 func newRouter(cfg *Config, m *metrics) *router {
 	r := &router{cfg: cfg, metrics: m, sizes: defaultPageSizes, sharded: cfg.Groups.Sharded(), reads: make(map[uint64]*rounds), answers: answers{max: cfg.MaxAnswerBytes}}
 	r.cuts.router = r
-	r.gating = make(chan struct{}, maxGateCalls)
+	r.fetches = make(chan struct{}, maxMerges)
 	r.hashing = make(chan struct{}, max(cfg.MaxHashes, 1))
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r
@@ -96,7 +97,7 @@ func (r *router) propose(ctx context.Context, w *write) (proto.Message, error) {
 	ctx, cancel := r.withDeadline(ctx)
 	defer cancel()
 	for a := (attempts{router: r}); ; {
-		to := r.target(w.group, a.n)
+		to := r.target(w.group, &a)
 		if to.replica == nil && !r.sharded {
 			return nil, notJoined()
 		}
@@ -205,7 +206,7 @@ func (r *router) acquire(ctx context.Context, group uint64, serializable bool) (
 func (r *router) pinHere(ctx context.Context, group uint64, serializable bool) (*fsm.Store, func(), error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	to := r.target(group, 0)
+	to := r.target(group, &attempts{})
 	if to.replica == nil {
 		return nil, nil, errNoReplica
 	}
@@ -229,7 +230,7 @@ func (r *router) pinHere(ctx context.Context, group uint64, serializable bool) (
 // call. Reads change nothing, so every failure is tried again.
 func (r *router) readIndex(ctx context.Context, group uint64) (uint64, error) {
 	for a := (attempts{router: r}); ; {
-		to := r.target(group, a.n)
+		to := r.target(group, &a)
 		if to.replica == nil {
 			return 0, notJoined()
 		}

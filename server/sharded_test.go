@@ -33,8 +33,6 @@ func (g *requests) rangeEnd() []byte {
 	return pick(g.Rand, nil, nil, []byte{0}, g.key(), g.key(), []byte("{t~"), []byte("{t}~"), []byte("b0"))
 }
 
-func (g *requests) tagged() []byte { return []byte("{t}" + pick(g.Rand, "", "a", "b", "b/1")) }
-
 func (g *requests) write() *pb.InternalRaftRequest {
 	put := func(key []byte) *pb.PutRequest {
 		return &pb.PutRequest{Key: key, Value: fmt.Append(nil, "v", g.IntN(4))}

@@ -87,7 +87,7 @@ func (r *router) fetchPage(ctx context.Context, p *pageRequest, node string) (ou
 // the answer, a refusal, or when ctx does.
 func (r *router) onLeader(ctx context.Context, group uint64, here func(context.Context, Replica) error, there func(context.Context, string) error) error {
 	for a := (attempts{router: r}); ; {
-		to := r.target(group, a.n)
+		to := r.target(group, &a)
 		err := errNoLeader
 		attempt, cancel := context.WithTimeout(ctx, a.timeout(minAttempt))
 		switch {

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"path/filepath"
-	"slices"
 	"sync"
 	"testing"
 
@@ -486,17 +485,6 @@ func (w *world) keyIn(group uint64, name string) string {
 			return key
 		}
 	}
-}
-
-// groupWithout is a group of which a node has no replica.
-func (w *world) groupWithout(node string) uint64 {
-	for _, group := range w.groups {
-		if !slices.Contains(w.shards[group].order, node) {
-			return group
-		}
-	}
-	w.t.Fatalf("node %s has all groups", node)
-	return 0
 }
 
 var wholeRange = &pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte{0}}
