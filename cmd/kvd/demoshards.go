@@ -271,25 +271,24 @@ func (d *shardedDemo) writeAll(ctx context.Context, since time.Time) (first time
 	return first, err
 }
 
-// awaitCopies waits until every shard has all its copies on nodes other than lost.
+// awaitCopies waits until every shard has all its copies on nodes that live: those of lost have been made elsewhere.
 func (d *shardedDemo) awaitCopies(ctx context.Context, lost *demoNode) (view placement.Overview, err error) {
-	said := time.Now()
+	said, last := time.Now(), ""
 	err = d.within(ctx, demoMoveLimit, "make copies elsewhere", nil, func(ctx context.Context) (err error) {
 		if view, err = d.view(ctx); err != nil {
 			return err
 		}
 		short := 0
 		for _, s := range view.Shards {
-			left := slices.ContainsFunc(s.Replicas, func(r placement.ReplicaOverview) bool { return r.Node == lost.name && r.Role == placement.Data })
-			short += b2i(left || len(dataNodes(s)) < demoCopies)
+			short += b2i(len(dataNodes(s)) < demoCopies || slices.Contains(dataNodes(s), lost.name))
 		}
 		if short == 0 && len(view.Shards) == demoShards {
 			return nil
 		}
 		err = fmt.Errorf("%d of %d shards have not", short, demoShards)
-		if time.Since(said) >= demoSayEvery {
-			said = time.Now()
-			d.say("%s is %s; %d shards have not all copies on the others yet", lost.name, stateOf(view, lost.name), short)
+		if now := fmt.Sprintf("%s is %s; %s lack a copy", lost.name, stateOf(view, lost.name), plural(short, "shard")); now != last && time.Since(said) >= demoSayEvery {
+			said, last = time.Now(), now
+			d.say("%s", now)
 		}
 		return pauseFor(ctx, err)
 	})
