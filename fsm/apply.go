@@ -181,7 +181,9 @@ func (a *application) begin(i int) *writer {
 func (a *application) apply(i int) (n int, err error) {
 	c := &a.entry.commands[i]
 	if !c.isPlainPut() {
-		a.results[i], err = a.begin(i).applyBounded(*c)
+		w := a.begin(i)
+		a.results[i], err = w.applyBounded(*c)
+		w.keepUp()
 		a.store.digestOutcome(*c, a.results[i].Err)
 		return 1, err
 	}

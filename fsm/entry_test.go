@@ -358,3 +358,22 @@ func TestCompactionWithoutAFloorUsesNoRevision(t *testing.T) {
 		t.Errorf("revision %d, %v", s.Revision(User), r[1])
 	}
 }
+
+// What an answer gives as the newest revision, later answers may not go below,
+// also when the request that was answered has changed nothing.
+func TestAnswersInAnEntryWithAFloorNeverGoBack(t *testing.T) {
+	s := open(t, testConfig(tempPath(t)))
+	applyAt(t, s, 10, &pb.PutRequest{Key: []byte("a"), Value: []byte("1")})
+	refused := &pb.TxnRequest{
+		Compare: []*pb.Compare{{Key: []byte("a"), Target: pb.Compare_VALUE, Result: pb.Compare_EQUAL, TargetUnion: &pb.Compare_Value{Value: []byte("2")}}},
+	}
+	results := applyAt(t, s, 50, &pb.DeleteRangeRequest{Key: []byte("none")}, refused)
+	if results[0].Err != nil || results[1].Err != nil {
+		t.Fatal(results)
+	}
+	answered := results[1].Response.(*pb.TxnResponse).Header.Revision
+	read, err := s.Range(t.Context(), User, &pb.RangeRequest{Key: []byte("a")})
+	if err != nil || answered < 50 || read.Header.Revision < answered || s.Revision(User) < answered {
+		t.Errorf("answered at %d, then read at %d, %v", answered, read.GetHeader().GetRevision(), err)
+	}
+}

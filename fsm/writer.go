@@ -38,6 +38,17 @@ func (s *Store) newWriter(space Space) writer {
 // before the transaction is the one at rev-1, whichever revisions have been given to other groups.
 func (w *writer) reserve(rev int64) { w.next, w.newest, w.reserved = rev, rev-1, true }
 
+// keepUp makes the newest revision that of the answer, though nothing has changed: no later answer may have a
+// smaller one.
+func (w *writer) keepUp() {
+	if !w.reserved || w.space.revision >= w.newest {
+		return
+	}
+	w.store.mu.Lock()
+	w.space.revision = w.newest
+	w.store.mu.Unlock()
+}
+
 // applyBounded is apply for a command that may read more than it is allowed to.
 func (w *writer) applyBounded(c command) (Result, error) {
 	result, err := w.apply(c)
