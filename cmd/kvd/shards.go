@@ -38,7 +38,7 @@ func newShardsCommand(client *clientOptions) *cobra.Command {
 before a shard stops (SURVIVES). States of a shard:
   ok         everything is where it is wanted
   moving     a copy is on its way to another node; the shard serves meanwhile
-  degraded   fewer live copies than wanted
+  degraded   fewer live copies or witnesses than wanted
   no leader  an election is under way, or no node that could lead is reached
   no quorum  too many of its nodes are down: it stands still until they are back
 What is said of a node: wanted (it is to get a copy), joining (its copy catches up and has no vote yet; it lacks as many
