@@ -32,6 +32,18 @@ func (c *cluster) leaderOf(name string) (leader, other *Replica) {
 	return c.replicas[name], other
 }
 
+// until waits for something to happen.
+func (c *cluster) until(happens func() bool) {
+	c.t.Helper()
+	for range 60_000 {
+		if happens() {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+	c.t.Fatal("it has not happened within a minute")
+}
+
 // leads is whether raft calls the replica the leader, which with a witness is not to serve.
 func leads(r *Replica) bool { return r.life.Load().raft.State() == raft.Leader }
 
@@ -117,9 +129,7 @@ func TestAWitnessHandsOverAtOnce(t *testing.T) {
 			if err := l.raft.LeadershipTransferToServer("n3/1w", "n3/1w").Error(); err != nil {
 				t.Fatal(err)
 			}
-			for leader.Serving() { // it has not heard yet
-				time.Sleep(time.Millisecond)
-			}
+			c.until(func() bool { return !leader.Serving() }) // the old leader has heard of it
 			start := time.Now()
 			next, leader := c.leader()
 			if took := time.Since(start); took > 500*time.Millisecond {
@@ -154,9 +164,7 @@ func stuck(c *cluster) (witness *Replica) {
 	}
 	c.network.Isolate("n1")
 	c.network.Rejoin("n2")
-	for !leads(witness) {
-		time.Sleep(100 * time.Millisecond)
-	}
+	c.until(func() bool { return leads(witness) })
 	return witness
 }
 
@@ -311,9 +319,7 @@ func TestAWitnessIsSentNoData(t *testing.T) {
 		}
 		last := witness.Status().LastLogIndex
 		c.network.Rejoin("n3")
-		for leader.Followers()["n3/1w"].Match < leader.Status().CommitIndex {
-			time.Sleep(100 * time.Millisecond)
-		}
+		c.until(func() bool { return leader.Followers()["n3/1w"].Match >= leader.Status().CommitIndex })
 		if len(sent.sizes) == 0 || sent.sizes[0] != 0 {
 			t.Errorf("sizes of what was sent: %v", sent.sizes)
 		}
