@@ -167,7 +167,7 @@ func (c checker) checkRemove(step ShardStep, m shard.Member, twice bool) string 
 		return fmt.Sprintf("only %d of %d voters would live and have caught up", ready, left)
 	case RoleOf(m.ID) == Data && c.alive(m.ID) && copies < max(1, step.Copies):
 		return fmt.Sprintf("only %d of %d data replicas would live and have caught up", copies, step.Copies)
-	case twice, c.followed(m):
+	case twice, c.followed(m, copies >= step.Copies):
 		return ""
 	case c.alive(m.ID):
 		return ""
@@ -179,12 +179,16 @@ func (c checker) checkRemove(step ShardStep, m shard.Member, twice bool) string 
 	return ""
 }
 
-// followed reports whether a learner is ready to take over: on the same node,
-// or anywhere from a replica that does not answer. Whether that one is lost for
-// ever, so that this is right, the leader cannot know.
-func (c checker) followed(m shard.Member) bool {
-	for _, other := range c.member {
-		if !other.Voter && c.caughtUp(other.ID) && (other.Node == m.Node || !c.alive(m.ID)) {
+// followed reports whether a learner is ready to take over: on the same node, or
+// anywhere from a replica that does not answer. Whether that one is lost for
+// ever, so that this is right, the leader cannot know. A witness follows a data
+// replica only where there is enough data.
+func (c checker) followed(m shard.Member, enoughData bool) bool {
+	for _, next := range c.member {
+		if next.Voter || !c.caughtUp(next.ID) {
+			continue
+		}
+		if next.Node == m.Node || !c.alive(m.ID) && (RoleOf(next.ID) == Data || RoleOf(m.ID) == Witness || enoughData) {
 			return true
 		}
 	}

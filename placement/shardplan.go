@@ -436,10 +436,13 @@ func (p *shardPlan) replaced(r *standing) bool {
 	if !r.lost {
 		return p.followed(r)
 	}
-	voters := p.count(isVoter, but(r)) + p.count(isNext)
-	data := p.count(isVoter, isData, but(r)) + p.count(isNext, isData)
-	bears := dataInEveryQuorum(p.count(isVoter, isData, isCaughtUp, but(r)), p.count(isVoter, but(r)))
-	return bears && (p.followed(r) || p.count(isNext) > 0 && voters >= p.data+p.witnesses && data >= p.data)
+	copies, voters := p.count(isVoter, isData, isCaughtUp, but(r)), p.count(isVoter, but(r))
+	if !dataInEveryQuorum(copies, voters) {
+		return false
+	}
+	more := p.count(isNext, isData)
+	anywhere := more > 0 || p.count(isNext) > 0 && (r.role == Witness || copies >= p.data)
+	return p.followed(r) || anywhere && voters+p.count(isNext) >= p.data+p.witnesses && p.count(isVoter, isData, but(r))+more >= p.data
 }
 
 // keepsOut reports whether a witness could get its vote if r did not count on it:
