@@ -143,7 +143,7 @@ func (o *demoOptions) run(ctx context.Context, out io.Writer, strategy string, l
 	case keep:
 		return d.stay(ctx)
 	case last:
-		d.tryNext()
+		d.tryNext(strategy)
 	}
 	return nil
 }
@@ -168,28 +168,31 @@ func (d *demo) measurements() [][2]string {
 	}
 }
 
-func (d *demo) tryNext() {
+func (d *demo) tryNext(strategy string) {
 	self := programName()
 	fmt.Fprintf(d.out, `
 Try next, in two terminals:
   %[1]s start
   %[1]s put greeting hello && %[1]s get greeting
 or look at this cluster while it runs:
-  %[1]s demo --keep
-`, self)
+  %[1]s demo --strategy %[2]s --keep
+`, self, strategy)
 }
 
 // stay leaves the nodes running until ctx ends.
 func (d *demo) stay(ctx context.Context) error {
-	self, endpoints := programName(), strings.Join(d.endpoints(), ",")
+	self, endpoints, more := programName(), strings.Join(d.endpoints(), ","), ""
+	if len(d.flags) > 0 {
+		more = " && " + self + " shards"
+	}
 	fmt.Fprintf(d.out, `
 The nodes stay until Ctrl-C. Talk to them from another terminal:
   export KVD_ENDPOINTS=%[2]s
   %[1]s put greeting hello && %[1]s get greeting
-  %[1]s status
+  %[1]s status%[6]s
   kill -9 %[3]d          # %[4]s
 Their data and logs are in %[5]s
-`, self, endpoints, d.nodes[0].process.Process.Pid, d.nodes[0].name, filepath.Dir(d.nodes[0].dir))
+`, self, endpoints, d.nodes[0].process.Process.Pid, d.nodes[0].name, filepath.Dir(d.nodes[0].dir), more)
 	<-ctx.Done()
 	fmt.Fprintln(d.out, "\nstopping the nodes")
 	for _, n := range d.nodes {
