@@ -13,22 +13,24 @@ import (
 // loop is stuck in a write, one voter waits with the lock held and the other
 // for the lock; in virtual time that never ends.
 func TestReadsDuringADiskStallDoNotFillRaftsChannel(t *testing.T) {
-	bubble(t, 3, nil, func(c *cluster) {
+	loud := func(c *Config) { c.DiskStepDown, c.DiskFatal = time.Minute, 2*time.Minute }
+	bubble(t, 3, loud, func(c *cluster) {
 		name, leader := c.leader()
 		c.mustPut(leader, "k", "v")
 		c.network.Isolate(name)
 		time.Sleep(time.Millisecond)
 		read := make(chan error, 1)
 		go func() {
-			ctx, cancel := within(20 * time.Second)
+			ctx, cancel := within(time.Minute)
 			defer cancel()
 			_, err := leader.ReadIndex(ctx)
 			read <- err
 		}()
 		time.Sleep(10 * time.Millisecond) // raft has asked for votes and gets none
-		c.logs[name+"/1"].stall(4900 * time.Millisecond)
+		c.logs[name+"/1"].stall(20 * time.Second)
 		go func() { _ = put(leader, "k", "lost") }()
 		time.Sleep(4 * time.Second)
+		c.leader(name) // an election may need more than one attempt
 		c.network.Rejoin(name)
 		if err := <-read; !errors.Is(err, ErrNotLeader) {
 			t.Errorf("a read on a leader that was replaced: %v", err)
