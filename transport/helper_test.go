@@ -26,6 +26,7 @@ type testNet struct {
 	tb     testing.TB
 	memory *MemoryNetwork // nil = TCP
 	logs   *logBuffer
+	calm   bool // raft's timers are too long to elect anybody: a busy machine cannot move the leadership
 
 	mu    sync.Mutex
 	addrs map[string]string
@@ -287,6 +288,9 @@ func (m *member) open(net *testNet, conf raft.Configuration) {
 	c := raft.DefaultConfig()
 	c.LocalID = m.id
 	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = 500*time.Millisecond, 500*time.Millisecond, 250*time.Millisecond
+	if net.calm {
+		c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = time.Hour, time.Hour, time.Hour
+	}
 	c.Logger = hclog.New(&hclog.LoggerOptions{Name: m.node, Output: net.logs, Level: hclog.Info})
 	c.NoLegacyTelemetry = true
 	snaps := raft.NewInmemSnapshotStore()
@@ -302,6 +306,20 @@ func (m *member) open(net *testNet, conf raft.Configuration) {
 func (m *member) stop() {
 	_ = m.group.Close()
 	_ = m.raft.Shutdown().Error()
+}
+
+// newCalmCluster is newCluster in real time: its first member leads, and goes on to.
+func newCalmCluster(net *testNet, n int) []*member {
+	net.tb.Helper()
+	net.calm = true
+	members := newCluster(net, n, nil)
+	first, other := members[0], members[1]
+	header := raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(other.id), Addr: []byte(other.id)}
+	if err := other.group.TimeoutNow(first.id, raft.ServerAddress(first.id), &raft.TimeoutNowRequest{RPCHeader: header}, new(raft.TimeoutNowResponse)); err != nil {
+		net.tb.Fatal(err)
+	}
+	eventually(net.tb, first.node+" leads", func() bool { return first.raft.State() == raft.Leader })
+	return members
 }
 
 // leader waits for a leader among the members.

@@ -18,7 +18,7 @@ func onBothNetworks(t *testing.T, f func(t *testing.T, net *testNet)) {
 
 func TestRaftReplicates(t *testing.T) {
 	onBothNetworks(t, func(t *testing.T, net *testNet) {
-		members := newCluster(net, 3, nil)
+		members := newCalmCluster(net, 3)
 		l := leader(t, members)
 		before := time.Now()
 		for i := range 200 {
@@ -46,7 +46,7 @@ func TestRaftReplicates(t *testing.T) {
 
 func TestRaftTransfersLeadership(t *testing.T) {
 	onBothNetworks(t, func(t *testing.T, net *testNet) {
-		members := newCluster(net, 3, nil)
+		members := newCalmCluster(net, 3)
 		l := leader(t, members)
 		to := others(members, l)[0]
 		if err := l.raft.LeadershipTransferToServer(to.id, raft.ServerAddress(to.id)).Error(); err != nil {
