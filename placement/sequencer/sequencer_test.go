@@ -254,6 +254,45 @@ func TestNobodyLeads(t *testing.T) {
 	})
 }
 
+// A leader may leave a question unanswered, and its connection open. The client
+// turns to the next one as soon as it hears of it.
+func TestAnUnansweredQuestionIsForgottenWithItsLeader(t *testing.T) {
+	bubble(t, &cluster{}, func(c *cluster) {
+		c.lead(0, "n1")
+		n := c.nodes["n2"]
+		client := NewClient(ClientConfig{
+			Node: n.name, Group0: n.replicas[0], Server: n.server, CallTimeout: time.Hour,
+			Peers: silent{n.transport, "n1"},
+		})
+		defer client.Close()
+		var all sync.WaitGroup
+		all.Go(func() {
+			ctx, cancel := within(time.Minute)
+			defer cancel()
+			if _, err := client.Latest(ctx); err != nil {
+				t.Error(err)
+			}
+		})
+		time.Sleep(time.Second)
+		c.lead(0, "n3")
+		all.Wait()
+	})
+}
+
+// silent is a network on which one node never answers.
+type silent struct {
+	Peers
+	node string
+}
+
+func (s silent) Call(ctx context.Context, node, method string, payload []byte) ([]byte, error) {
+	if node == s.node {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return s.Peers.Call(ctx, node, method, payload)
+}
+
 // What is wanted while a request is under way shares the next one.
 func TestOneRequestIsUnderWay(t *testing.T) {
 	bubble(t, &cluster{}, func(c *cluster) {
