@@ -85,7 +85,7 @@ func (r *Replica) startLife(st *state, bootstrap *raft.Configuration) error {
 	if err := r.bootstrap(conf, l, bootstrap); err != nil {
 		return errors.Join(err, transport.Close())
 	}
-	l.raft, err = raft.NewRaft(conf, &machine{l: l}, settledLog{r.log, l}, r.log, l.snapshots, l.transport)
+	l.raft, err = raft.NewRaft(conf, &machine{l: l}, settledLog{r.log, l}, r.log, l.snapshots, resuming{l.transport, l})
 	if err != nil {
 		return errors.Join(fmt.Errorf("shard: open raft: %w", err), transport.Close())
 	}
