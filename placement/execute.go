@@ -10,6 +10,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"kvd/fsm"
 	"kvd/shard"
 )
 
@@ -26,6 +27,8 @@ var Methods = []string{MethodReport, MethodStep, MethodProbe}
 const (
 	// stepTimeout bounds a step, and a look.
 	stepTimeout = 5 * time.Second
+	// proofTimeout bounds the wait for a quorum that is to take an entry.
+	proofTimeout, proofInterval = time.Second, 5 * time.Millisecond
 	// maxSteps bounds the steps under way at the same time.
 	maxSteps = 32
 	// A step that failed is planned anew after a pause, which doubles.
@@ -98,7 +101,13 @@ func (r *Reconciler) obey(ctx context.Context, request stepRequest) (Report, err
 	if err := Check(step, describe(replica)); err != nil {
 		return Report{}, err
 	}
-	var err error
+	err := proveQuorum(ctx, replica, step.Action, step.Replica)
+	if err != nil {
+		return Report{}, err
+	}
+	if err = Check(step, describe(replica)); err != nil {
+		return Report{}, err
+	}
 	if step.Action == Forget {
 		err = confirmExcluded(ctx, replica, step.Replica)
 	} else {
@@ -115,6 +124,62 @@ func (r *Reconciler) leading(group uint64) *shard.Replica {
 		}
 	}
 	return nil
+}
+
+// proveQuorum writes an empty entry and waits until a majority of the voters that
+// the group is to have after the step has it; of a transfer, until the next
+// leader has it. That a replica had nearly everything, and answers heartbeats, is
+// not enough: raft sends entries to one that comes back only after a pause of up
+// to ten seconds, and for as long the group, once it depended on it, would take
+// no writes.
+func proveQuorum(ctx context.Context, replica *shard.Replica, action Action, id raft.ServerID) error {
+	if action != Promote && action != Remove && action != Transfer {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, proofTimeout)
+	defer cancel()
+	if _, err := replica.Propose(ctx, fsm.Request{}); err != nil {
+		return err
+	}
+	status := replica.Status()
+	for {
+		has := map[raft.ServerID]bool{status.Replica: true}
+		for follower, f := range replica.Followers() {
+			has[follower] = f.Match >= status.CommitIndex
+		}
+		lacking := lacking(status.Members, has, action, id)
+		if len(lacking) == 0 {
+			return nil
+		}
+		pause(ctx, proofInterval, nil, nil)
+		if ctx.Err() != nil {
+			return fmt.Errorf("%w: %s %s: too many of the voters do not take entries yet: %s", ErrRefused, action, id, some(lacking))
+		}
+	}
+}
+
+// lacking are the voters after the step that do not have the entry, if too few
+// others have it.
+func lacking(members []shard.Member, has map[raft.ServerID]bool, action Action, id raft.ServerID) (lacking []string) {
+	if action == Transfer {
+		if !has[id] {
+			lacking = append(lacking, string(id))
+		}
+		return lacking
+	}
+	voters := 0
+	for _, m := range members {
+		if (m.Voter || m.ID == id) && !(action == Remove && m.ID == id) {
+			voters++
+			if !has[m.ID] {
+				lacking = append(lacking, string(m.ID))
+			}
+		}
+	}
+	if 2*(voters-len(lacking)) > voters {
+		return nil
+	}
+	return lacking
 }
 
 // carryOut changes a group on its leader and returns when that is committed and

@@ -351,6 +351,9 @@ func (r *Reconciler) startGroup0(m *Map, now time.Time) {
 	}
 	r.start(0, now, func(ctx context.Context) error {
 		r.cfg.Logger.Info("changing the group's members", "step", string(step.Action), "replica", string(step.Replica), "why", step.Why)
+		if err := proveQuorum(ctx, replica, step.Action, step.Replica); err != nil {
+			return err
+		}
 		return carryOut(ctx, replica, step.Action, step.Replica, status.ConfigurationIndex)
 	})
 }
