@@ -153,6 +153,13 @@ func (n *Node) overview(ctx context.Context) (placement.Overview, error) {
 	return *answer.Overview, nil
 }
 
+// Leave makes a member leave the cluster, once its replicas are elsewhere. It
+// may be asked of any node, and repeated. It refuses when too few nodes would
+// remain for all copies, unless forced. Errors are gRPC statuses.
+func (n *Node) Leave(ctx context.Context, name string, force bool) error {
+	return n.leave(ctx, name, force)
+}
+
 func (n *Node) leave(ctx context.Context, name string, force bool) error {
 	_, err := n.onLeader(ctx, adminRequest{Do: adminLeave, Name: name, Force: force})
 	return err

@@ -6,10 +6,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -23,7 +26,8 @@ import (
 
 // shape is what kind of cluster a world is.
 type shape struct {
-	nodes    int
+	nodes    int  // that found it
+	spare    bool // one more node joins and leaves, again and again
 	strategy string
 	shards   int // with StrategyConsistent
 	copies   int
@@ -37,6 +41,7 @@ type world struct {
 	peers   map[string]string
 	names   []string
 	hosts   map[string]*host
+	spare   *host // nil, or the node that joins and leaves
 	logs    io.Writer
 	halted  func(node string, err error)
 }
@@ -49,6 +54,8 @@ type host struct {
 
 	mu      sync.Mutex
 	running *life
+	via     string // the address to join through; empty: one of the founders
+	left    bool   // it has left the cluster, and says so
 }
 
 // life is one run of the node process.
@@ -73,6 +80,9 @@ func newWorld(s shape, dir string, logs io.Writer, halted func(string, error)) *
 	}
 	for _, h := range w.hosts {
 		h.start()
+	}
+	if s.spare {
+		w.spare = &host{w: w, name: fmt.Sprintf("n%d", s.nodes+1), disk: newDisk(filepath.Join(dir, "spare"))}
 	}
 	return w
 }
@@ -115,8 +125,12 @@ func (h *host) start() {
 }
 
 func (h *host) config() node.Config {
+	peers := h.w.peers
+	if h.via != "" {
+		peers = nil
+	}
 	return node.Config{
-		Name: h.name, DataDir: h.disk.dir, Peers: h.w.peers,
+		Name: h.name, DataDir: h.disk.dir, Peers: peers, Join: h.via,
 		Strategy: h.w.strategy, Shards: h.w.shards, ReplicationFactor: h.w.copies, DownAfter: 20 * time.Second,
 		ListenClient: "none", ListenHTTP: "none", ListenPeer: address(h.name),
 		// Small, so that an hour sees many truncations and snapshots.
@@ -131,9 +145,26 @@ func (h *host) config() node.Config {
 		},
 		NoSync:  true,
 		Logger:  slog.New(slog.NewTextHandler(h.w.logs, &slog.HandlerOptions{Level: slog.LevelInfo})).With("on", h.name),
-		OnFatal: func(err error) { h.w.halted(h.name, err) },
+		OnFatal: h.fatal,
 		Faults:  h.w.faults,
 	}
+}
+
+// fatal is told why the node must end.
+func (h *host) fatal(err error) {
+	if h.via == "" || !strings.Contains(err.Error(), "has left the cluster") {
+		h.w.halted(h.name, err)
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.left = true
+}
+
+func (h *host) hasLeft() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.left
 }
 
 // crash ends the process on the host: connections break, the disk stays.
@@ -193,6 +224,39 @@ func (w *world) stop() {
 	for _, h := range w.hosts {
 		h.crash()
 	}
+	if w.spare != nil {
+		w.spare.crash()
+	}
+}
+
+// moveSpare lets the spare node join if it is out, and leave if it is in. One
+// that has left comes back as another one, under the same name.
+func (w *world) moveSpare(ctx context.Context, rng *rand.Rand) (event string, err error) {
+	w.sweepSpare()
+	via := w.names[rng.IntN(len(w.names))]
+	h := w.spare
+	if h.via == "" {
+		h.via = address(via)
+		h.start()
+		return "join", nil
+	}
+	n := w.hosts[via].node()
+	if n == nil {
+		return "", nil
+	}
+	return "leave", n.Leave(ctx, h.name, false)
+}
+
+// sweepSpare ends the spare node if it has left, and throws its disk away.
+func (w *world) sweepSpare() {
+	h := w.spare
+	if h == nil || !h.hasLeft() {
+		return
+	}
+	h.crash()
+	_ = os.RemoveAll(h.disk.dir)
+	h.disk = newDisk(h.disk.dir)
+	h.via, h.left = "", false
 }
 
 // leader is the name of the node that serves as leader; empty if there is none.
@@ -239,6 +303,12 @@ func (w *world) nemesis(ctx context.Context, rng *rand.Rand, h *linearizability.
 	for {
 		if !pause(ctx, time.Duration(2+rng.IntN(8))*time.Second) {
 			return windows
+		}
+		if w.spare != nil && rng.IntN(3) == 0 {
+			event, err := w.moveSpare(ctx, rng)
+			if err == nil && event != "" {
+				counts[event]++
+			}
 		}
 		fault, repair := w.inject(rng)
 		from := h.Now()
@@ -333,9 +403,14 @@ func (w *world) converge() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	for pause(ctx, time.Second) {
+		w.sweepSpare()
+		hosts := slices.Collect(maps.Values(w.hosts))
+		if w.spare != nil && w.spare.via != "" {
+			hosts = append(hosts, w.spare)
+		}
 		groups := make(map[uint64]map[digest]int) // how many have it
-		for _, name := range w.names {
-			digests, err := w.hosts[name].digests(ctx)
+		for _, h := range hosts {
+			digests, err := h.digests(ctx)
 			if err != nil {
 				return err
 			}
@@ -346,7 +421,7 @@ func (w *world) converge() error {
 				groups[group][d]++
 			}
 		}
-		even, err := w.compare(groups)
+		even, err := w.compare(groups, len(hosts))
 		if even || err != nil {
 			return err
 		}
@@ -356,7 +431,7 @@ func (w *world) converge() error {
 
 // compare reports whether each group has one digest, and as many copies of it
 // as there are to be.
-func (w *world) compare(groups map[uint64]map[digest]int) (even bool, err error) {
+func (w *world) compare(groups map[uint64]map[digest]int, members int) (even bool, err error) {
 	even = len(groups) == w.shards+1
 	for group, digests := range groups {
 		indexes := make(map[uint64]bool)
@@ -368,7 +443,7 @@ func (w *world) compare(groups map[uint64]map[digest]int) (even bool, err error)
 			indexes[d.index] = true
 			copies += n
 		}
-		wanted := w.nodes
+		wanted := members
 		if group > 0 {
 			wanted = w.copies
 		}
