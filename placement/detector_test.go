@@ -166,3 +166,29 @@ func TestAWitnessKeepsWhatAnyDataReplicaMayNeed(t *testing.T) {
 		}
 	})
 }
+
+func TestWhichVotersMustTakeEntriesBeforeAStep(t *testing.T) {
+	voters := []shard.Member{{ID: "n1/1", Voter: true}, {ID: "n2/2", Voter: true}, {ID: "n3/3", Voter: true}, {ID: "n4/4"}}
+	for _, c := range []struct {
+		action Action
+		id     raft.ServerID
+		have   []raft.ServerID
+		lack   int
+	}{
+		{Remove, "n3/3", []raft.ServerID{"n1/1", "n2/2"}, 0},
+		{Remove, "n3/3", []raft.ServerID{"n1/1", "n3/3", "n4/4"}, 1}, // n2/2 would be needed
+		{Remove, "n4/4", []raft.ServerID{"n1/1", "n3/3"}, 0},
+		{Promote, "n4/4", []raft.ServerID{"n1/1", "n2/2"}, 2}, // two of four are no majority
+		{Promote, "n4/4", []raft.ServerID{"n1/1", "n2/2", "n4/4"}, 0},
+		{Transfer, "n2/2", []raft.ServerID{"n1/1", "n3/3"}, 1},
+		{Transfer, "n2/2", []raft.ServerID{"n1/1", "n2/2"}, 0},
+	} {
+		has := make(map[raft.ServerID]bool)
+		for _, id := range c.have {
+			has[id] = true
+		}
+		if got := lacking(voters, has, c.action, c.id); len(got) != c.lack {
+			t.Errorf("%s %s: %v", c.action, c.id, got)
+		}
+	}
+}
