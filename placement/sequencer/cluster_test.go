@@ -121,6 +121,8 @@ func (c *cluster) open(n *node, group uint64, client *Client) *shard.Replica {
 		},
 		OpenLog: func(guard func() uint64) (shard.LogStore, error) { log.guard = guard; return log, nil },
 		State:   fsm.Config{NoSync: true},
+		// Who was away for long gets a snapshot, and its replica a new life.
+		SnapshotEntries: 100, TrailingEntries: 20,
 		OnFatal: func(err error) { c.fatal.Store(&err) },
 		Faults:  c.shard,
 	}
