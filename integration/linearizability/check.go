@@ -31,6 +31,8 @@ type Config struct {
 	// OneOrder also checks the order between keys by revisions: right for a store in which every change has a
 	// revision of its own.
 	OneOrder bool
+	// Sharded says that answers carry the revision of their shard instead of the store's, except snapshots.
+	Sharded bool
 }
 
 // Check returns nil if ops, in the order of their calls, are linearizable. A violation's error names the
@@ -41,7 +43,7 @@ func Check(ops []Op, cfg Config) error {
 	}
 	var orderErr error
 	if cfg.OneOrder {
-		orderErr = checkRevisions(ops)
+		orderErr = checkRevisions(ops, cfg.Sharded)
 	}
 	m, history := model(), operations(ops)
 	result := porcupine.CheckOperationsTimeout(m, history, cfg.Timeout)
@@ -104,11 +106,17 @@ type Summary struct {
 	Puts, Swaps, RefusedSwaps, Deletes, Reads int            // answered; deletions and reads of something that was there
 	Overlaps                                  int            // adjacent operations on one key of which one changes it
 	ChangesDuring                             map[string]int // by kind of fault: changes that began and succeeded in it
+	// Snapshots are answered reads of several shards at one moment, SnapshotsDuring those that began and were answered
+	// in a fault, by its kind. ReadPast are reads of a revision of the past. A chance is a snapshot while which at
+	// least two keys changed: it could have been torn.
+	Snapshots, Chances, ReadPast int
+	SnapshotsDuring              map[string]int
 }
 
 // Summarize counts.
 func Summarize(ops []Op, windows []Window) Summary {
-	s := Summary{Operations: len(ops), ChangesDuring: make(map[string]int)}
+	s := Summary{Operations: len(ops), ChangesDuring: make(map[string]int), SnapshotsDuring: make(map[string]int)}
+	s.countSnapshots(ops, windows)
 	latest := make(map[string]Op) // per key, the operation that returns last
 	for _, op := range ops {
 		s.count(op)
@@ -153,6 +161,60 @@ func (s *Summary) count(op Op) {
 			s.Reads++
 		}
 	}
+}
+
+// countSnapshots counts what a store of shards answered as of one moment.
+func (s *Summary) countSnapshots(ops []Op, windows []Window) {
+	for _, w := range windows {
+		s.SnapshotsDuring[w.Fault] += 0
+	}
+	counted := make(map[int64]bool)
+	for i, op := range ops {
+		if op.Input.Past && !op.Output.Unknown {
+			s.ReadPast++
+		}
+		if !op.Input.Snapshot || op.Output.Unknown || counted[op.Txn] {
+			continue
+		}
+		counted[op.Txn] = true
+		s.Snapshots++
+		if changedKeysDuring(ops, i) >= 2 {
+			s.Chances++
+		}
+		for _, w := range windows {
+			if op.Call > w.From && op.Return < w.To {
+				s.SnapshotsDuring[w.Fault]++
+			}
+		}
+	}
+}
+
+// changedKeysDuring counts the keys, up to 2, that changed while an operation was under way.
+func changedKeysDuring(ops []Op, i int) int {
+	key, count := "", 0
+	for j := max(0, i-1000); j < len(ops) && ops[j].Call < ops[i].Return && count < 2; j++ {
+		if ops[j].changes() && ops[j].Return > ops[i].Call && (count == 0 || ops[j].Input.Key != key) {
+			key = ops[j].Input.Key
+			count++
+		}
+	}
+	return count
+}
+
+// VacuousSnapshots is Vacuous for what is special about shards: reads across them, some of which could have been torn,
+// some in every kind of fault, and reads of the past.
+func (s Summary) VacuousSnapshots() error {
+	for name, count := range map[string]int{"snapshots": s.Snapshots, "snapshots while keys changed": s.Chances, "reads of the past": s.ReadPast} {
+		if count == 0 {
+			return fmt.Errorf("%w: no %s", ErrVacuous, name)
+		}
+	}
+	for fault, count := range s.SnapshotsDuring {
+		if count == 0 {
+			return fmt.Errorf("%w: no snapshot succeeded during %s", ErrVacuous, fault)
+		}
+	}
+	return nil
 }
 
 // Vacuous returns ErrVacuous, with the reason, if the history lacks overlap, some effect, or, for some kind of

@@ -33,6 +33,9 @@ type Input struct {
 	Value  string // Put, Swap: what to write
 	Expect string // Swap: the value the key must have; "" = the key must not exist
 	Prev   bool   // Put, Delete: asks for the value that was there before
+
+	Snapshot bool // Get: part of a read of several shards; the answer's revision is its moment
+	Past     bool // Stale: at a revision that the client named; the answer's revision is that one
 }
 
 // KV is one version of a key as a client saw it. The zero value is an absent key.
@@ -128,6 +131,20 @@ func (h *History) Ops() []Op {
 	ops := slices.Clone(h.ops)
 	slices.SortStableFunc(ops, func(a, b Op) int { return int(a.Call - b.Call) })
 	return ops
+}
+
+// SnapshotsSince counts the snapshots that were asked for after a moment and have been answered.
+func (h *History) SnapshotsSince(moment int64) int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	last, count := int64(0), 0
+	for _, op := range h.ops {
+		if op.Input.Snapshot && op.Call > moment && !op.Output.Unknown && op.Txn != last {
+			last = op.Txn
+			count++
+		}
+	}
+	return count
 }
 
 // ChangesSince counts the changes that were asked for after a moment and have succeeded.

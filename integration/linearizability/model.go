@@ -12,6 +12,7 @@ import (
 type state struct {
 	kv KV
 	// revision is the highest one answered so far: answers on one key never go back, whatever other keys do.
+	// Snapshots don't count: theirs may be above that of every shard.
 	revision int64
 }
 
@@ -68,7 +69,9 @@ func step(s state, in Input, out Output) (state, bool) {
 	if !consistentCondition(s.kv, in, out) {
 		return s, false
 	}
-	s.revision = out.Revision
+	if !in.Snapshot {
+		s.revision = out.Revision
+	}
 	if changes {
 		s.kv = write(s.kv, in, out.Revision)
 	}

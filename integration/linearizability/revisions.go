@@ -6,13 +6,14 @@ import (
 	"slices"
 )
 
-// A wholeStore check needs no search: in `full` every change has a revision of its own, which is its place in
-// the order of everything. It sees what a check of each key alone cannot: the order between keys, and
-// transactions and snapshots over several keys.
+// A wholeStore check needs no search: every change has a revision of its own, which is its place in the order of
+// everything. It sees what a check of each key alone cannot: the order between keys, and transactions and
+// snapshots over several keys.
 type wholeStore struct {
-	written map[string][]change // per key, by ascending revision
-	byValue map[string]Op       // who wrote a value to a key: key + "\x00" + value
-	open    map[string]int64    // per key, the earliest call of a deletion whose outcome is unknown
+	written   map[string][]change // per key, by ascending revision
+	byValue   map[string]Op       // who wrote a value to a key: key + "\x00" + value
+	open      map[string]int64    // per key, the earliest call of a deletion whose outcome is unknown
+	revisions map[int64]int64     // of each Txn that is known to have taken effect
 }
 
 // change is a write that took effect.
@@ -22,10 +23,12 @@ type change struct {
 	value    string
 }
 
-// checkRevisions checks a history by the revisions of its answers.
-func checkRevisions(ops []Op) error {
-	if err := checkRealTime(ops); err != nil {
-		return err
+// checkRevisions checks a history by the revisions of its answers: those of the store, or of its shards.
+func checkRevisions(ops []Op, sharded bool) error {
+	if !sharded {
+		if err := checkRealTime(ops); err != nil {
+			return err
+		}
 	}
 	store, err := reconstruct(ops)
 	if err != nil {
@@ -36,7 +39,7 @@ func checkRevisions(ops []Op) error {
 			return err
 		}
 	}
-	return nil
+	return checkOrder(ops, store)
 }
 
 // checkRealTime checks that what begins after an answer is answered with no lower a revision, and a change
@@ -66,8 +69,8 @@ func checkRealTime(ops []Op) error {
 // reconstruct finds the revision of every change: from its own answer, or, where that is missing, from
 // whoever saw its value.
 func reconstruct(ops []Op) (*wholeStore, error) {
-	s := &wholeStore{written: make(map[string][]change), byValue: make(map[string]Op), open: make(map[string]int64)}
 	txnRevision := make(map[int64]int64)
+	s := &wholeStore{written: make(map[string][]change), byValue: make(map[string]Op), open: make(map[string]int64), revisions: txnRevision}
 	revisionTxn := make(map[int64]Op)
 	claim := func(op Op, revision int64) error {
 		if known, ok := txnRevision[op.Txn]; ok && known != revision {

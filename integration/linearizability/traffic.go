@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -32,6 +35,9 @@ type Traffic struct {
 	Timeout  time.Duration // of one request; 0 = 5 s
 	Think    time.Duration // a client's mean pause between requests; 0 = 5 ms
 	Prefix   string        // of values: makes them unique where several loads share a store
+	// Sharded says that the store has shards, and Keys are {tag}rest with several tags and at least two keys for each:
+	// transactions stay within a tag, and all keys are read by a range, which must hold no other keys.
+	Sharded bool
 }
 
 // Run records into h until ctx is done and the requests in flight have been answered or have timed out.
@@ -43,9 +49,10 @@ func (t Traffic) Run(ctx context.Context, h *History) {
 		t.Think = 5 * time.Millisecond
 	}
 	var group sync.WaitGroup
+	var newest atomic.Int64
 	for i, service := range t.Services {
 		c := &client{
-			Traffic: t, service: service, history: h, id: h.newClient(), known: make(map[string]string),
+			Traffic: t, service: service, history: h, id: h.newClient(), known: make(map[string]string), newest: &newest,
 			random: rand.New(rand.NewPCG(t.Seed, uint64(i))),
 		}
 		group.Go(func() { c.run(ctx) })
@@ -61,6 +68,7 @@ type client struct {
 	id      int
 	random  *rand.Rand
 	known   map[string]string // the values it saw last, which its swaps expect
+	newest  *atomic.Int64     // the highest revision that any of the clients was told
 }
 
 func (c *client) run(ctx context.Context) {
@@ -85,6 +93,8 @@ func (c *client) one(ctx context.Context) {
 	switch n := c.random.IntN(100); {
 	case n < 25:
 		c.get(ctx, key, c.random.IntN(5) == 0)
+	case n < 35 && c.Sharded:
+		c.getRange(ctx)
 	case n < 35:
 		c.getAll(ctx)
 	case n < 60:
@@ -117,6 +127,8 @@ func (c *client) record(inputs []Input, do func(outputs []Output) error) {
 	c.history.Add(ops...)
 	if err != nil {
 		c.id = c.history.newClient() // the old one still has an operation open
+	} else if told := ops[0].Output.Revision; told > c.newest.Load() {
+		c.newest.Store(told) // a lower one of another client's may come after it: no harm
 	}
 }
 
@@ -162,6 +174,49 @@ func (c *client) getAll(ctx context.Context) {
 	})
 }
 
+// getRange reads all keys by a range, which goes over all shards and is a snapshot all the same: at one go, in pages, or
+// at a revision of the past.
+func (c *client) getRange(ctx context.Context) {
+	request := &pb.RangeRequest{Key: []byte(slices.Min(c.Keys)), RangeEnd: []byte(slices.Max(c.Keys) + "\x00")}
+	in := Input{Kind: Get, Snapshot: true}
+	switch c.random.IntN(3) {
+	case 0:
+		request.Limit = 1 + c.random.Int64N(int64(len(c.Keys)))
+	case 1:
+		if newest := c.newest.Load(); newest > 1 {
+			in, request.Revision = Input{Kind: Stale, Past: true}, newest-c.random.Int64N(min(newest, 3))
+		}
+	}
+	inputs := make([]Input, len(c.Keys))
+	for i, key := range c.Keys {
+		inputs[i] = in
+		inputs[i].Key = key
+	}
+	c.record(inputs, func(out []Output) error {
+		found := make(map[string]KV)
+		for {
+			resp, err := c.service.Range(ctx, request)
+			if err != nil {
+				return err
+			}
+			if request.Revision == 0 {
+				request.Revision = resp.Header.Revision // of all further pages
+			}
+			for _, kv := range resp.Kvs {
+				found[string(kv.Key)] = seen(kv)
+			}
+			if !resp.More || len(resp.Kvs) == 0 {
+				break
+			}
+			request.Key = append(resp.Kvs[len(resp.Kvs)-1].Key, 0)
+		}
+		for i, key := range c.Keys {
+			out[i] = Output{Revision: request.Revision, Seen: found[key]}
+		}
+		return nil
+	})
+}
+
 func (c *client) put(ctx context.Context, key string, prev bool) {
 	value := c.newValue()
 	c.record([]Input{{Kind: Put, Key: key, Value: value, Prev: prev}}, func(out []Output) error {
@@ -175,13 +230,24 @@ func (c *client) put(ctx context.Context, key string, prev bool) {
 	})
 }
 
+// two are different keys, of one tag where that matters.
+func (c *client) two() []string {
+	keys := slices.Clone(c.Keys)
+	c.random.Shuffle(len(keys), func(i, j int) { keys[i], keys[j] = keys[j], keys[i] })
+	if c.Sharded {
+		tag, _, _ := strings.Cut(keys[0], "}")
+		keys = slices.DeleteFunc(keys, func(key string) bool { return !strings.HasPrefix(key, tag+"}") })
+	}
+	return keys[:2]
+}
+
 // putTwo writes two keys in one transaction.
 func (c *client) putTwo(ctx context.Context) {
 	value, request := c.newValue(), &pb.TxnRequest{}
 	var inputs []Input
-	for _, i := range c.random.Perm(len(c.Keys))[:2] {
-		inputs = append(inputs, Input{Kind: Put, Key: c.Keys[i], Value: value})
-		request.Success = append(request.Success, putOp(c.Keys[i], value))
+	for _, key := range c.two() {
+		inputs = append(inputs, Input{Kind: Put, Key: key, Value: value})
+		request.Success = append(request.Success, putOp(key, value))
 	}
 	c.record(inputs, func(out []Output) error {
 		resp, err := c.service.Txn(ctx, request)
