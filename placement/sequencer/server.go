@@ -38,8 +38,12 @@ type Faults struct {
 
 const defaultWindow = 1 << 18
 
-// extendTimeout bounds one attempt to make a window ready.
-const extendTimeout = 5 * time.Second
+// extendTimeout bounds one attempt to make a window ready, handleTimeout an
+// answer to another node, which has given up by then.
+const (
+	extendTimeout = 5 * time.Second
+	handleTimeout = 5 * time.Second
+)
 
 // Server hands out revisions while its node leads group 0. All methods are safe
 // for concurrent use.
@@ -115,6 +119,8 @@ func (s *Server) Handle(ctx context.Context, _ string, payload []byte) ([]byte, 
 	if err != nil {
 		return appendResponse(0, err), nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, handleTimeout)
+	defer cancel()
 	first, err := s.Take(ctx, n)
 	return appendResponse(first, err), nil
 }
