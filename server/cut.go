@@ -328,7 +328,7 @@ func (r *router) handleGate(ctx context.Context, _ string, payload []byte) ([]by
 	if r.gating.Add(int64(len(groups))) > maxGating {
 		return answer(codeOverloaded), nil
 	}
-	ctx, cancel := withMillis(ctx, ms)
+	ctx, cancel := withMost(ctx, ms)
 	defer cancel()
 	passed, _ := r.gatesHere(ctx, "", at, groups)
 	indexes := make(map[uint64]uint64, len(passed))

@@ -107,7 +107,11 @@ func timeoutMillis(ctx context.Context) uint32 {
 
 // call makes one call and sorts its errors into reached and not reached.
 func (r *router) call(ctx context.Context, node, method string, payload []byte) (code, []byte, error) {
+	start := time.Now()
 	reply, err := r.cfg.Peers.Call(ctx, node, method, payload)
+	if r.sharded {
+		r.heard(ctx, node, method, start, err)
+	}
 	switch {
 	case err != nil && r.cfg.NotDelivered(err):
 		return 0, nil, fmt.Errorf("%w: %w", errNotReached, err)
@@ -117,6 +121,19 @@ func (r *router) call(ctx context.Context, node, method string, payload []byte) 
 		return 0, nil, fmt.Errorf("%w: %w", shard.ErrUnknownOutcome, errBadAnswer)
 	}
 	return code(reply[1]), reply[answerHeader:], nil
+}
+
+// heard notes whether a node answers. Reads are answered before their caller
+// gives up, unless that is very soon; writes take as long as they take.
+func (r *router) heard(ctx context.Context, node, method string, start time.Time, err error) {
+	switch {
+	case err == nil:
+		r.leaders.answered(node, true)
+	case r.cfg.NotDelivered(err):
+		r.leaders.answered(node, false)
+	case method != methodPropose && errors.Is(ctx.Err(), context.DeadlineExceeded) && time.Since(start) >= gateTimeout/2:
+		r.leaders.answered(node, false)
+	}
 }
 
 // proposeThere asks the leader's node to propose a write.
@@ -249,6 +266,11 @@ func (r *router) decline(group uint64, replica Replica, err error) []byte {
 		return answer(c)
 	}
 	return answer(c, r.hint(group, replica)...)
+}
+
+// withMost leaves some of the caller's time for the answer to arrive in.
+func withMost(ctx context.Context, ms uint32) (context.Context, context.CancelFunc) {
+	return withMillis(ctx, ms-ms/4)
 }
 
 func withMillis(ctx context.Context, ms uint32) (context.Context, context.CancelFunc) {

@@ -14,8 +14,9 @@ import (
 // leaders remembers the nodes that lead groups of which this node has no
 // replica to ask. What it says may be old: whoever is asked knows better.
 type leaders struct {
-	mu    sync.Mutex
-	nodes map[uint64]string
+	mu     sync.Mutex
+	nodes  map[uint64]string
+	silent map[string]time.Time // nodes that did not answer, and when
 }
 
 func (l *leaders) get(group uint64) string {
@@ -42,6 +43,34 @@ func (l *leaders) forget(group uint64, node string) {
 	}
 }
 
+// silence is how long a node that has not answered is left alone, as far as
+// others may know better. It is about as long as an election takes.
+const silence = time.Second
+
+// answered keeps track of the nodes that answer.
+func (l *leaders) answered(node string, did bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if did {
+		delete(l.silent, node)
+		return
+	}
+	if l.silent == nil || len(l.silent) > maxSilent {
+		l.silent = make(map[string]time.Time)
+	}
+	l.silent[node] = time.Now()
+}
+
+// maxSilent is more than there are nodes: hints may hold any name.
+const maxSilent = 1 << 10
+
+func (l *leaders) isSilent(node string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	since, ok := l.silent[node]
+	return ok && time.Since(since) < silence
+}
+
 // target is where an attempt of a request goes.
 type target struct {
 	node    string          // thought to lead; "" = nobody is
@@ -53,8 +82,8 @@ type target struct {
 // target finds the leader of a group: the attempt before may have been told who
 // leads; else this node's replica knows best, then what other nodes have said;
 // without any of it, those that have the data are asked in turn. So they are
-// every other time in any case: a replica that was removed may believe in its
-// last leader for long.
+// every other time in any case, as a replica that was removed may believe in its
+// last leader for long, and as long as the one who leads is silent.
 func (r *router) target(group uint64, a *attempts) target {
 	t := target{replica: r.cfg.Replica(group)}
 	if t.replica != nil {
@@ -69,7 +98,7 @@ func (r *router) target(group uint64, a *attempts) target {
 		t.node = a.hint
 	case t.node == "":
 		t.node = r.guess(group, a.n)
-	case a.n%2 == 1:
+	case a.n%2 == 1 || r.leaders.isSilent(t.node):
 		t.node = cmp.Or(r.guess(group, a.n/2), t.node)
 	}
 	return t
@@ -77,21 +106,28 @@ func (r *router) target(group uint64, a *attempts) target {
 
 // guess names another node.
 func (r *router) guess(group uint64, attempt int) string {
-	if node := r.leaders.get(group); node != "" {
+	if node := r.leaders.get(group); node != "" && !r.leaders.isSilent(node) {
 		return node
 	}
 	return r.dataNode(group, attempt)
 }
 
-// dataNode is the attempt-th of the other nodes that have data of the group.
+// dataNode is the attempt-th of the other nodes that have data of the group, if
+// possible one that is not silent.
 func (r *router) dataNode(group uint64, attempt int) string {
 	nodes := r.cfg.Groups.Nodes(group)
+	fallback := ""
 	for i := range nodes {
-		if node := nodes[(attempt+i)%len(nodes)]; node != r.cfg.Node {
+		node := nodes[(attempt+i)%len(nodes)]
+		switch {
+		case node == r.cfg.Node:
+		case !r.leaders.isSilent(node):
 			return node
+		case fallback == "":
+			fallback = node
 		}
 	}
-	return ""
+	return fallback
 }
 
 // movedError is ErrNotLeader of a node that knows, or thinks to know, a leader.
@@ -128,7 +164,7 @@ func (r *router) askAnyone(ctx context.Context, _ uint64, node, method string, p
 
 // moved takes a hint by the node that does not lead.
 func (r *router) moved(group uint64, node, hint string) error {
-	if !r.sharded || hint == "" || len(hint) > maxNodeName || hint == node || hint == r.cfg.Node {
+	if !r.sharded || hint == "" || len(hint) > maxNodeName || hint == node || hint == r.cfg.Node || r.leaders.isSilent(hint) {
 		return shard.ErrNotLeader
 	}
 	r.leaders.learn(group, hint)
@@ -156,6 +192,9 @@ type attempts struct {
 	router *router
 	n      int    // the present one, from 0
 	hint   string // where the one before was told to go
+	slow   int    // how many have used up their time
+	began  time.Time
+	limit  time.Duration // of the present one; 0 = none
 }
 
 // again reports when it is time for another attempt after one that failed with
@@ -168,6 +207,10 @@ func (a *attempts) again(ctx context.Context, changed <-chan struct{}, err error
 	if follow {
 		a.hint = moved.node
 	}
+	if a.limit > 0 && time.Since(a.began) >= a.limit {
+		a.slow++
+	}
+	a.limit = 0
 	a.n++
 	if !follow && !a.router.wait(ctx, changed, a.n-1) || ctx.Err() != nil {
 		return false
@@ -176,7 +219,10 @@ func (a *attempts) again(ctx context.Context, changed <-chan struct{}, err error
 	return true
 }
 
-// timeout bounds an attempt that may be repeated elsewhere, so that a node that
-// neither answers nor disconnects does not use up the request's time. It grows
-// from least, for what takes long everywhere.
-func (a *attempts) timeout(least time.Duration) time.Duration { return least << min(a.n, 10) }
+// timeout bounds the attempt that begins now and may be repeated elsewhere, so
+// that a node that neither answers nor disconnects does not use up the request's
+// time. It grows from least, for what takes long everywhere.
+func (a *attempts) timeout(least time.Duration) time.Duration {
+	a.began, a.limit = time.Now(), least<<min(a.slow, 10)
+	return a.limit
+}

@@ -184,7 +184,7 @@ func (r *router) handleRows(ctx context.Context, _ string, payload []byte) ([]by
 	if replica == nil {
 		return r.decline(group, nil, shard.ErrNotLeader), nil
 	}
-	ctx, cancel := withMillis(ctx, binary.BigEndian.Uint32(payload[9:]))
+	ctx, cancel := withMost(ctx, binary.BigEndian.Uint32(payload[9:]))
 	defer cancel()
 	page, release, err := r.rowsHere(ctx, replica, index, cursor, upTo, pageBytes)
 	if err != nil {

@@ -312,7 +312,7 @@ func (r *router) handlePage(ctx context.Context, _ string, payload []byte) ([]by
 	if replica == nil {
 		return r.decline(p.group, nil, shard.ErrNotLeader), nil
 	}
-	ctx, cancel := withMillis(ctx, ms)
+	ctx, cancel := withMost(ctx, ms)
 	defer cancel()
 	out, release, err := r.pageHere(ctx, replica, p)
 	if err != nil {

@@ -157,7 +157,7 @@ func (r *router) handleReadTxn(ctx context.Context, _ string, payload []byte) ([
 	if replica == nil {
 		return r.decline(q.group, nil, shard.ErrNotLeader), nil
 	}
-	ctx, cancel := withMillis(ctx, binary.BigEndian.Uint32(payload[10:]))
+	ctx, cancel := withMost(ctx, binary.BigEndian.Uint32(payload[10:]))
 	defer cancel()
 	resp, release, err := r.txnHere(ctx, replica, q)
 	if err != nil {

@@ -435,3 +435,47 @@ func TestReadTransactionAtRevisions(t *testing.T) {
 		}
 	}
 }
+
+// A leader's node hangs, and for a while all others believe in it: reads by way
+// of a node without the group find the next leader soon after there is one.
+func TestHungLeaderIsLeftSoon(t *testing.T) {
+	const election = 1500 * time.Millisecond
+	for name, r := range map[string]*pb.RangeRequest{"all": wholeRange, "one": {Key: []byte("")}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, 5, 5, 2, nil)
+				key := w.keyIn(1, "k")
+				w.check("n4", key, "v")
+				if len(r.Key) == 0 {
+					r.Key = []byte(key)
+				}
+				s := w.shards[1]
+				w.mu.Lock()
+				w.hung = map[string]bool{"n1": true}
+				w.mu.Unlock()
+				s.replicas["n2"].change(func(r *shardReplica) { r.deaf, r.heard = true, "n1" })
+				start := time.Now()
+				time.AfterFunc(election, func() {
+					s.replicas["n2"].change(func(r *shardReplica) { r.deaf = false })
+					s.elect("n2")
+				})
+				if _, err := w.kv("n4").Range(t.Context(), r); err != nil {
+					t.Fatal(err)
+				}
+				if took := time.Since(start); took > election+3*silence/2 {
+					t.Errorf("answered after %v", took)
+				}
+			})
+		})
+	}
+}
+
+func TestSilentNodesAreBounded(t *testing.T) {
+	var l leaders
+	for i := range 10 * maxSilent {
+		l.answered(fmt.Sprint("n", i), false)
+	}
+	if len(l.silent) > maxSilent+1 {
+		t.Fatalf("%d nodes are remembered", len(l.silent))
+	}
+}
