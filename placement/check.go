@@ -86,6 +86,7 @@ func (c checker) check(step ShardStep) string {
 	m, in := c.member[step.Replica]
 	alive := c.count("", func(m shard.Member) bool { return c.alive(m.ID) })
 	twice, second := c.twice()
+	must := twice && !(step.Action == Remove && m.Voter && (m.Node == second || !c.alive(m.ID) && c.needsAll(second)))
 	switch {
 	case !self.Voter || RoleOf(self.ID) != Data:
 		return "the leader is no data voter of the group"
@@ -99,7 +100,7 @@ func (c checker) check(step ShardStep) string {
 		return "it is no data voter that lives and has caught up"
 	case step.Action == Transfer:
 		return ""
-	case twice && !(step.Action == Remove && m.Voter && (m.Node == second || !c.alive(m.ID))):
+	case must:
 		return fmt.Sprintf("%s has two voters, one of which must leave first", second)
 	case step.Action == AddLearner && in:
 		return "it is in the group already"
@@ -127,6 +128,21 @@ func (c checker) twice() (bool, string) {
 		nodes[m.Node] = true
 	}
 	return false, ""
+}
+
+// needsAll reports whether none of the node's voters can leave yet: too few of
+// the others live and have caught up.
+func (c checker) needsAll(node string) bool {
+	for _, m := range c.voters {
+		if m.Node == node && m.ID != c.own.Replica && c.majorityWithout(m.ID) {
+			return false
+		}
+	}
+	return true
+}
+
+func (c checker) majorityWithout(id raft.ServerID) bool {
+	return 2*c.count(id, func(m shard.Member) bool { return c.caughtUp(m.ID) }) > c.count(id, anyVoter)
 }
 
 func (c checker) checkPromote(m shard.Member) string {

@@ -120,7 +120,7 @@ const maxVoters = 7
 // leaves stays in the group, and so has the map, until it holds nothing else.
 func Plan(v View) (Step, bool) {
 	p := newMapPlan(v)
-	for _, find := range []func() (Step, bool){p.promote, p.removeLost, p.removeDown, p.removeLeaving, p.add} {
+	for _, find := range []func() (Step, bool){p.removeDown, p.promote, p.removeLost, p.removeLeaving, p.add} {
 		if step, ok := find(); ok {
 			return step, true
 		}
@@ -134,7 +134,8 @@ type mapPlan struct {
 	group   []shard.Member // by id
 	members map[string]Member
 	voters  int
-	keep    int             // voters that are neither down nor leaving
+	stay    int             // voters that are not leaving
+	keep    int             // and not down
 	lost    map[string]bool // nodes whose former replica votes
 }
 
@@ -152,8 +153,11 @@ func newMapPlan(v View) *mapPlan {
 		}
 		p.voters++
 		p.lost[g.Node] = p.lost[g.Node] || !p.current(g)
-		if !v.Nodes[g.Node].Down && !p.members[g.Node].Leaving {
-			p.keep++
+		if !p.members[g.Node].Leaving {
+			p.stay++
+			if !v.Nodes[g.Node].Down {
+				p.keep++
+			}
 		}
 	}
 	return p
@@ -188,9 +192,13 @@ func (p *mapPlan) mayVote(g shard.Member) bool {
 	return !g.Voter && p.current(g) && !p.lost[g.Node] && !p.members[g.Node].Leaving && !p.Nodes[g.Node].Down
 }
 
+// room reports whether one more may vote. Nodes that are down, one at a time, and
+// those that leave keep their votes until others have them.
+func (p *mapPlan) room() bool { return p.keep < p.MaxVoters && p.stay <= p.MaxVoters }
+
 // promote finishes a replacement before another one begins.
 func (p *mapPlan) promote() (Step, bool) {
-	if p.keep >= p.MaxVoters || p.voters > p.MaxVoters {
+	if !p.room() {
 		return Step{}, false
 	}
 	for _, g := range p.group {
@@ -219,7 +227,7 @@ func (p *mapPlan) removeLost() (Step, bool) {
 // more. The node is added again without a vote.
 func (p *mapPlan) removeDown() (Step, bool) {
 	for _, g := range p.group {
-		if g.Voter && p.voters > p.MaxVoters && p.Nodes[g.Node].Down && p.safeWithout(g) {
+		if g.Voter && p.stay > p.MaxVoters && p.Nodes[g.Node].Down && p.safeWithout(g) {
 			return Step{Remove, g.ID, fmt.Sprintf("%s is down and another node has its vote", g.Node)}, true
 		}
 	}
@@ -250,7 +258,7 @@ func (p *mapPlan) mayLead(g shard.Member) bool {
 // successor reports whether a learner is on its way to a vote that is free or
 // becomes free.
 func (p *mapPlan) successor() bool {
-	return p.keep < p.MaxVoters && p.voters <= p.MaxVoters && slices.ContainsFunc(p.group, p.mayVote)
+	return p.room() && slices.ContainsFunc(p.group, p.mayVote)
 }
 
 func (p *mapPlan) add() (Step, bool) {

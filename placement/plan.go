@@ -104,7 +104,7 @@ type faults struct {
 	ignoreQuorum      bool // members change whoever lives
 	lowerCopies       bool // a live copy goes though too few are left
 	keepSecondVote    bool // a node's witness stays beside its data replica
-	gapBeforeWitness  bool // a witness may begin after what a data replica needs
+	anyWitness        bool // a witness gets its vote whatever it and the data replicas lack
 	forgetEarly       bool // a replica is forgotten while it is in the group
 }
 

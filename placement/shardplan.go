@@ -141,7 +141,7 @@ func hasApplied(report GroupReport, commit uint64) bool {
 // tooLateFor reports whether the witness's log begins after what d lacks, a data
 // replica that votes and may come back: the witness could not bring it up to date.
 func (p *shardPlan) tooLateFor(w, d *standing) bool {
-	return d.role == Data && d.voter && !d.lost && (w.first == 0 || w.first > d.last+1) && !p.view.faults.gapBeforeWitness
+	return d.role == Data && d.voter && !d.lost && (w.first == 0 || w.first > d.last+1) && !p.view.faults.anyWitness
 }
 
 // best is the replica that fills the slot: the one that is furthest on its way.
@@ -339,7 +339,7 @@ func (p *shardPlan) promote(*traffic) *ShardStep {
 				p.waitToCatchUp(r)
 			case beside != nil && !beside.lost && (beside.role == Data || r.role == Witness):
 				// That one leaves first (remove).
-			case r.role == Witness && !dataInEveryQuorum(p.count(isVoter, isData, isCaughtUp), p.count(isVoter)+1):
+			case r.role == Witness && !p.view.faults.anyWitness && !dataInEveryQuorum(p.count(isVoter, isData, isCaughtUp), p.count(isVoter)+1):
 				p.wait("%s has caught up, but gets its vote only when more data replicas live and have caught up", r.id)
 			case !p.majorityWith(r):
 				p.wait("%s has caught up, but too few of the voters live and have caught up for it to get a vote", r.id)

@@ -1,10 +1,6 @@
 package placement
 
-import (
-	"slices"
-
-	"kvd/ring"
-)
+import "kvd/ring"
 
 // Slots is how many replicas of each role a shard has when all of total nodes
 // live: those that are members and not leaving, down ones included. There are as
@@ -41,6 +37,11 @@ func Target(cfg ClusterConfig, shardNumber int, r *ring.Ring, total int) []Targe
 }
 
 // staying counts the members that are not leaving.
-func staying(members []Member) int {
-	return len(slices.DeleteFunc(slices.Clone(members), func(m Member) bool { return m.Leaving }))
+func staying(members []Member) (n int) {
+	for _, m := range members {
+		if !m.Leaving {
+			n++
+		}
+	}
+	return n
 }
