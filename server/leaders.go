@@ -16,7 +16,12 @@ import (
 type leaders struct {
 	mu     sync.Mutex
 	nodes  map[uint64]string
-	silent map[string]time.Time // nodes that did not answer, and when
+	silent map[string]silent // nodes that did not answer
+}
+
+type silent struct {
+	since time.Time
+	times int // in succession
 }
 
 func (l *leaders) get(group uint64) string {
@@ -44,7 +49,7 @@ func (l *leaders) forget(group uint64, node string) {
 }
 
 // silence is how long a node that has not answered is left alone, as far as
-// others may know better. It is about as long as an election takes.
+// others may know better; twice and four times as long if it goes on.
 const silence = time.Second
 
 // answered keeps track of the nodes that answer.
@@ -56,9 +61,9 @@ func (l *leaders) answered(node string, did bool) {
 		return
 	}
 	if l.silent == nil || len(l.silent) > maxSilent {
-		l.silent = make(map[string]time.Time)
+		l.silent = make(map[string]silent)
 	}
-	l.silent[node] = time.Now()
+	l.silent[node] = silent{time.Now(), l.silent[node].times + 1}
 }
 
 // maxSilent is more than there are nodes: hints may hold any name.
@@ -67,8 +72,8 @@ const maxSilent = 1 << 10
 func (l *leaders) isSilent(node string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	since, ok := l.silent[node]
-	return ok && time.Since(since) < silence
+	s, ok := l.silent[node]
+	return ok && time.Since(s.since) < silence<<min(s.times-1, 2)
 }
 
 // target is where an attempt of a request goes.
