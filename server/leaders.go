@@ -63,7 +63,12 @@ func (l *leaders) answered(node string, did bool) {
 	if l.silent == nil || len(l.silent) > maxSilent {
 		l.silent = make(map[string]silent)
 	}
-	l.silent[node] = silent{time.Now(), l.silent[node].times + 1}
+	s := l.silent[node]
+	if !s.now() { // calls at the same time count once
+		s.times++
+	}
+	s.since = time.Now()
+	l.silent[node] = s
 }
 
 // maxSilent is more than there are nodes: hints may hold any name.
@@ -72,8 +77,11 @@ const maxSilent = 1 << 10
 func (l *leaders) isSilent(node string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	s, ok := l.silent[node]
-	return ok && time.Since(s.since) < silence<<min(s.times-1, 2)
+	return l.silent[node].now()
+}
+
+func (s silent) now() bool {
+	return s.times > 0 && time.Since(s.since) < silence<<min(s.times-1, 2)
 }
 
 // target is where an attempt of a request goes.

@@ -470,6 +470,32 @@ func TestHungLeaderIsLeftSoon(t *testing.T) {
 	}
 }
 
+func TestSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var l leaders
+		lasts := func(want time.Duration) {
+			t.Helper()
+			for range 20 { // at once
+				l.answered("n1", false)
+			}
+			time.Sleep(want - 1)
+			if !l.isSilent("n1") {
+				t.Errorf("not silent for %v", want)
+			}
+			time.Sleep(1)
+			if l.isSilent("n1") {
+				t.Errorf("silent for more than %v", want)
+			}
+		}
+		lasts(silence)
+		lasts(2 * silence)
+		lasts(4 * silence)
+		lasts(4 * silence)
+		l.answered("n1", true)
+		lasts(silence)
+	})
+}
+
 func TestSilentNodesAreBounded(t *testing.T) {
 	var l leaders
 	for i := range 10 * maxSilent {
