@@ -35,6 +35,7 @@ type testCluster struct {
 	cfg      *ClusterConfig
 	founders []Member
 	tune     func(*Config)
+	tuneLogs func(*shard.Config)
 	log      *slog.Logger
 }
 
@@ -183,6 +184,9 @@ func (n *testNode) openReplica(ref ReplicaRef, founders []raft.ServerID) (*shard
 		for _, id := range founders {
 			cfg.Bootstrap.Servers = append(cfg.Bootstrap.Servers, raft.Server{ID: id, Address: raft.ServerAddress(id)})
 		}
+	}
+	if n.c.tuneLogs != nil {
+		n.c.tuneLogs(&cfg)
 	}
 	return shard.Open(cfg)
 }
