@@ -181,6 +181,28 @@ func (o *observations) silence(m Member, now time.Time) time.Duration {
 	return now.Sub(maxTime(n.heard, n.since))
 }
 
+// state is the word for what is known of a member.
+func (o *observations) state(m Member, now time.Time) string {
+	switch node := o.node(m, now); {
+	case m.Leaving:
+		return nodeLeaving
+	case node.Down:
+		return nodeDown
+	case o.silence(m, now) >= o.suspectAfter:
+		return nodeSuspect
+	}
+	return nodeAlive
+}
+
+// states counts the members in each state.
+func (o *observations) states(members []Member, now time.Time) map[string]int {
+	states := map[string]int{nodeAlive: 0, nodeSuspect: 0, nodeDown: 0, nodeLeaving: 0}
+	for _, m := range members {
+		states[o.state(m, now)]++
+	}
+	return states
+}
+
 // latest is a member's latest whole report, without its groups; false if there
 // is none.
 func (o *observations) latest(m Member) (Report, bool) {
@@ -210,6 +232,11 @@ func (o *observations) groups(members []Member, now time.Time) map[uint64]GroupV
 				views[ref.Group] = v
 			}
 		}
+		for _, ref := range n.report.Lost {
+			v := views[ref.Group]
+			v.lose(ref.ID)
+			views[ref.Group] = v
+		}
 	}
 	return views
 }
@@ -223,6 +250,14 @@ func (v *GroupView) add(g GroupReport) {
 	if g.Leading != nil && (v.Leader == nil || v.Leader.Term < g.Term) {
 		v.Leader = &g
 	}
+}
+
+// lose notes a replica that its node cannot open any more.
+func (v *GroupView) lose(id raft.ServerID) {
+	if v.Lost == nil {
+		v.Lost = make(map[raft.ServerID]bool)
+	}
+	v.Lost[id] = true
 }
 
 // aged is the report as it has to be read some time after it was made.

@@ -178,9 +178,9 @@ func (t *traffic) add(p *shardPlan) {
 func (t *traffic) fill(from, to string) (reason string) {
 	switch {
 	case t.incoming[to] >= t.limits.Incoming:
-		return fmt.Sprintf("%s is being filled with %d other replicas", to, t.incoming[to])
+		return fmt.Sprintf("%s receives as many as it may at a time already (%d)", to, t.incoming[to])
 	case t.outgoing[from] >= t.limits.Outgoing:
-		return fmt.Sprintf("the leader on %s is one of several there that fill %d other replicas", from, t.outgoing[from])
+		return fmt.Sprintf("%s, which leads, fills as many as it may at a time already (%d)", from, t.outgoing[from])
 	}
 	t.incoming[to]++
 	t.outgoing[from]++

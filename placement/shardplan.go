@@ -405,7 +405,7 @@ func (p *shardPlan) needed(r *standing) string {
 	asSafe := p.count(isVoter)%2 == 0 && p.count(isVoter, keepsFiles, but(r)) >= slots // bears as many failures
 	switch {
 	case r.role == Data && (!r.gone || r.answers && !r.lost) && copies < p.data && !f.lowerCopies:
-		return fmt.Sprintf("%d of the %d data replicas that shall remain live and have caught up", copies, p.data)
+		return fmt.Sprintf("only %d of the %d data replicas that are to be there live and have caught up", copies, p.data)
 	case p.replaced(r), r.gone && copies >= p.data && p.keepsOut(r):
 		return ""
 	case r.role == Data && r.gone && p.count(isVoter, isData, stays, but(r)) < p.data && !f.removeEarly:
