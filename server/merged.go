@@ -18,15 +18,27 @@ import (
 	"kvd/snapshot"
 )
 
-// TempPattern is what the names of the directories begin with that backups of a
-// sharded key space are put together in. A crash leaves them in Config.TempDir.
-const TempPattern = "kvd-backup-"
+// tempPrefix begins the names of the directories that backups are put together
+// in.
+const tempPrefix = "kvd-backup-"
+
+// removeBackups removes what a crash has left of backups.
+func removeBackups(dir string) error {
+	if dir == "" { // shared with others
+		return nil
+	}
+	left, err := filepath.Glob(filepath.Join(dir, tempPrefix+"*"))
+	for _, path := range left {
+		err = errors.Join(err, os.RemoveAll(path))
+	}
+	return err
+}
 
 // snapshotShards streams a backup of all shards at one revision, as one state
 // with all of their keys. It is put together in a file first: its pages have
 // another order than the shards'.
 func (s *maintenance) snapshotShards(ctx context.Context, stream grpc.ServerStreamingServer[pb.SnapshotResponse]) error {
-	dir, err := os.MkdirTemp(s.router.cfg.TempDir, TempPattern+"*")
+	dir, err := os.MkdirTemp(s.router.cfg.TempDir, tempPrefix+"*")
 	if err != nil {
 		return refusal(fmt.Errorf("server: make room for a backup: %w", err))
 	}

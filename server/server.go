@@ -92,8 +92,9 @@ type Config struct {
 
 	// Services registers further gRPC services for clients; nil = none.
 	Services func(grpc.ServiceRegistrar)
-	// TempDir is where the backup of a sharded key space is put together, on
-	// the disk that has the room for it; "" = the system's.
+	// TempDir is where backups of a sharded key space are put together, on the
+	// disk that has the room for them; "" = the system's. Only one Server may use
+	// a TempDir: New removes what a crash has left of backups there.
 	TempDir string
 
 	TLS   *tls.Config // for gRPC and HTTP; nil = plain text
@@ -230,7 +231,10 @@ func New(cfg Config) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{cfg: cfg, health: health.NewServer()}
-	var err error
+	err := removeBackups(cfg.TempDir)
+	if err != nil {
+		return nil, err
+	}
 	if s.metrics, err = newMetrics(cfg.Registerer); err != nil {
 		return nil, err
 	}

@@ -178,6 +178,21 @@ func TestBackupWhileWritesGoOn(t *testing.T) {
 	}
 }
 
+// What a crash has left of backups goes away, and nothing else.
+func TestLeftoversOfBackups(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"kvd-backup-123", "groups"} {
+		if err := os.MkdirAll(filepath.Join(dir, name, "state"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	newWorld(t, 1, 1, 1, func(c *Config) { c.TempDir = dir })
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) != 1 || left[0].Name() != "groups" {
+		t.Fatalf("%v, %v", left, err)
+	}
+}
+
 func TestBackupNeedsRoom(t *testing.T) {
 	w := newWorld(t, 3, 5, 2, func(c *Config) { c.NoSpace = func() bool { return true } })
 	err := w.servers["n1"].maintenance.Snapshot(&pb.SnapshotRequest{}, &blobs{ctx: t.Context()})
