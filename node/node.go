@@ -210,7 +210,7 @@ func (n *Node) reconcile() {
 	r := placement.Start(placement.Config{
 		Node: n.cfg.Name, Incarnation: n.dir.Incarnation(), Weight: n.cfg.Weight,
 		Replica: n.Replica(), Founders: n.founders(), Cluster: n.cfg.cluster(), DownAfter: n.cfg.DownAfter,
-		Host: n.groups, Peers: n.transport, Logger: n.log,
+		Host: n.groups, Peers: n.transport, Logger: n.log, Registerer: n.cfg.Registry,
 	})
 	n.mu.Lock()
 	defer n.mu.Unlock()

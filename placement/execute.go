@@ -255,6 +255,7 @@ func (r *Reconciler) ended(group uint64, err error, now time.Time) {
 		p.pause, p.next = 0, time.Time{}
 		return
 	}
+	r.metrics.failures.Inc()
 	p.pause = min(max(2*p.pause, leastRetry), mostRetry)
 	p.next = now.Add(p.pause)
 }
@@ -349,6 +350,7 @@ func (r *Reconciler) busy(group uint64) bool {
 // took is told of every step of a shard that has taken effect.
 func (r *Reconciler) took(step ShardStep) {
 	r.cfg.Logger.Info("changed a shard's replicas", "step", string(step.Action), "group", step.Group, "replica", string(step.Replica), "node", step.Node, "role", string(step.Role), "why", step.Why)
+	r.metrics.steps.WithLabelValues(string(step.Action)).Inc()
 	if r.cfg.stepped != nil {
 		r.cfg.stepped(step)
 	}

@@ -73,7 +73,7 @@ func (r *Reconciler) overview(m *Map, now time.Time) (Overview, error) {
 }
 
 func (e *explainer) node(m Member, shards []ShardOverview) NodeOverview {
-	n := NodeOverview{Name: m.Name, State: e.nodeState(m), Weight: weightOf(m.Weight)}
+	n := NodeOverview{Name: m.Name, State: e.seen.state(m, e.now), Weight: weightOf(m.Weight)}
 	if report, ok := e.seen.latest(m); ok {
 		n.DiskFree = report.DiskFree
 	}
@@ -111,18 +111,6 @@ func some(names []string) string {
 		return strings.Join(names[:most], ", ") + ", ..."
 	}
 	return strings.Join(names, ", ")
-}
-
-func (e *explainer) nodeState(m Member) string {
-	switch node := e.seen.node(m, e.now); {
-	case m.Leaving:
-		return nodeLeaving
-	case node.Down:
-		return nodeDown
-	case e.seen.silence(m, e.now) >= e.seen.suspectAfter:
-		return nodeSuspect
-	}
-	return nodeAlive
 }
 
 func (e *explainer) shard(s Shard, x Explained) ShardOverview {

@@ -1,10 +1,13 @@
 package placement
 
 import (
+	"maps"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // state counts the shards in a state.
@@ -21,21 +24,26 @@ func state(o Overview, state string) int {
 func TestTheOverviewSaysWhatIsWrong(t *testing.T) {
 	bubble(t, 5, consistent(10, 3, WitnessesNone), func(t *testing.T, c *testCluster) {
 		c.await(30*time.Second, "founding", home)
-		c.await(time.Second, "rest", func(m *Map, o Overview) bool {
+		c.await(10*time.Second, "rest", func(m *Map, o Overview) bool {
 			leaders := 0
 			for _, n := range o.Nodes {
 				leaders += n.Leaders
 				if n.State != nodeAlive || n.Shards == 0 || n.Weight != 1 || n.DiskFree == 0 || n.Waits != "" {
-					t.Errorf("%+v", n)
+					return false
 				}
 			}
 			for _, s := range o.Shards {
 				if s.Tolerates != 1 || len(s.Why) == 0 || s.Leader == "" {
-					t.Errorf("%+v", s)
+					return false
 				}
 			}
 			return leaders == 10 && state(o, shardOK) == 10
 		})
+		registry := prometheus.NewRegistry()
+		c.restart(func(cfg *Config) {
+			cfg.Registerer = prometheus.WrapRegistererWith(prometheus.Labels{"node": cfg.Node}, registry)
+		})
+		c.await(30*time.Second, "rest", home)
 		dead := []string{"n4", "n5"}
 		if slices.Contains(dead, c.leader().name) {
 			dead = []string{"n1", "n2"}
@@ -52,6 +60,22 @@ func TestTheOverviewSaysWhatIsWrong(t *testing.T) {
 			}
 			return suspects == 2 && state(o, shardNoQuorum) > 0 && state(o, shardDegraded) > 0
 		})
+		time.Sleep(time.Second)
+		counted := make(map[string]float64)
+		families, err := registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range families {
+			for _, m := range f.GetMetric() {
+				if f.GetName() == "kvd_placement_nodes" {
+					counted[m.GetLabel()[1].GetValue()] += m.GetGauge().GetValue()
+				}
+			}
+		}
+		if want := map[string]float64{nodeAlive: 3, nodeSuspect: 2, nodeDown: 0, nodeLeaving: 0}; !maps.Equal(counted, want) {
+			t.Errorf("the leader counts %v, and nobody else does", counted)
+		}
 		// Where a majority died nothing can be done; the rest is rebuilt.
 		c.await(60*time.Second, "rebuilding", func(m *Map, o Overview) bool {
 			for _, s := range o.Shards {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"kvd/fsm"
 	"kvd/ring"
@@ -42,6 +43,7 @@ type Config struct {
 	Host         Host          // nil: no shards on this node
 	Peers        Peers         // nil: a node alone
 	Logger       *slog.Logger
+	Registerer   prometheus.Registerer // nil: metrics are not registered
 
 	// stepped is called after every step of a shard, by tests.
 	stepped func(ShardStep)
@@ -69,6 +71,7 @@ func (c *Config) setDefaults() {
 // it does follows from the map and from what it has observed itself.
 type Reconciler struct {
 	cfg     Config
+	metrics *metrics
 	ctx     context.Context // ends with Close
 	cancel  context.CancelFunc
 	tasks   sync.WaitGroup
@@ -103,7 +106,7 @@ func Start(cfg Config) *Reconciler {
 	cfg.setDefaults()
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &Reconciler{
-		cfg: cfg, ctx: ctx, cancel: cancel,
+		cfg: cfg, metrics: newMetrics(cfg.Registerer), ctx: ctx, cancel: cancel,
 		seen: observations{suspectAfter: cfg.SuspectAfter, downAfter: cfg.DownAfter},
 		wake: make(chan struct{}, 1), nudged: make(chan struct{}, 1),
 		groups: make(map[uint64]*progress), probing: make(map[string]bool),
@@ -119,6 +122,7 @@ func Start(cfg Config) *Reconciler {
 func (r *Reconciler) Close() {
 	r.cancel()
 	r.tasks.Wait()
+	r.metrics.Leave()
 }
 
 func (r *Reconciler) wakeUp() {
@@ -174,6 +178,7 @@ func (r *Reconciler) look(ctx context.Context) (wait time.Duration, err error) {
 	if !leads {
 		r.forgetProgress()
 		r.rest = rest{}
+		r.metrics.count(nil)
 		return wait, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
@@ -190,6 +195,7 @@ func (r *Reconciler) look(ctx context.Context) (wait time.Duration, err error) {
 		return again, nil
 	}
 	r.seen.look(m.Members, now)
+	r.metrics.count(r.seen.states(m.Members, now))
 	if changed, err := r.tend(ctx, m); changed || err != nil {
 		return min(wait, again), err
 	}
