@@ -95,6 +95,20 @@ func (l *Log) waitFor(ctx context.Context, exited <-chan struct{}, text string) 
 	}
 }
 
+// Size is how many bytes the node has written in all its lives.
+func (l *Log) Size() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.dropped + len(l.text)
+}
+
+// Since returns what the node has written after the first size bytes, as far as it is still in memory.
+func (l *Log) Since(size int) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return string(l.text[min(len(l.text), max(0, size-l.dropped)):])
+}
+
 func (l *Log) all() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
