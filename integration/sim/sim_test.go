@@ -17,6 +17,7 @@ import (
 
 	"kvd/integration/linearizability"
 	"kvd/node"
+	"kvd/ring"
 	"kvd/shard"
 )
 
@@ -46,24 +47,49 @@ type report struct {
 
 // full is three nodes that all hold every key.
 func full(faults shard.Faults) shape {
-	return shape{nodes: 3, strategy: node.StrategyFull, faults: faults}
+	return shape{nodes: 3, strategy: node.StrategyFull, faults: faults, think: 300 * time.Millisecond}
 }
 
 // sharded is five nodes, and a sixth that comes and goes, with eight shards of
 // three copies.
 func sharded(faults shard.Faults) shape {
-	return shape{nodes: 5, spare: true, strategy: node.StrategyConsistent, shards: 8, copies: 3, faults: faults}
+	return shape{nodes: 5, spare: true, strategy: node.StrategyConsistent, shards: 8, copies: 3, faults: faults, think: 300 * time.Millisecond}
 }
 
 // keys that clients meet at, in one shard: transactions have several. Requests
 // of unknown outcome make the search for an order long, and moving replicas
 // make more of them, so that there are more keys then.
 func (s shape) keys() []string {
-	keys := []string{"{t}a", "{t}b", "{t}c"}
-	if s.shards > 0 {
-		keys = append(keys, "{t}d", "{t}e", "{t}f")
+	if s.shards == 0 {
+		return []string{"a", "b", "c"}
+	}
+	tag := s.tag()
+	var keys []string
+	for _, name := range []string{"a", "b", "c", "d", "e", "f"} {
+		keys = append(keys, tag+name)
 	}
 	return keys
+}
+
+// tag is of a shard that the founder who gives up its leadership last leads, and
+// one who is quick to stand for election has too: if both serve for a while,
+// that shows.
+func (s shape) tag() string {
+	var nodes []ring.Node
+	for i := range s.nodes {
+		nodes = append(nodes, ring.Node{Name: fmt.Sprintf("n%d", i+1), Weight: 1})
+	}
+	r, err := ring.New(ring.Config{Shards: s.shards, Replicas: s.copies}, nodes...)
+	if err != nil {
+		panic(err)
+	}
+	for i := 0; ; i++ {
+		tag := fmt.Sprintf("{t%d}", i)
+		owners := r.OwnersOfKey([]byte(tag))
+		if owners[0] == nodes[s.nodes-1].Name && (slices.Contains(owners, "n1") || slices.Contains(owners, "n2")) {
+			return tag
+		}
+	}
 }
 
 // simulate runs one cluster for a while, from one seed, and searches for an
@@ -100,7 +126,7 @@ func simulate(t *testing.T, s shape, seed uint64, duration, search time.Duration
 			running.Go(func() { r.chain.read(ctx, services[1], 700*time.Millisecond) })
 		}
 		linearizability.Traffic{
-			Services: services, Keys: s.keys(), Seed: seed, Think: 300 * time.Millisecond, Timeout: 5 * time.Second,
+			Services: services, Keys: s.keys(), Seed: seed, Think: s.think, Timeout: 5 * time.Second,
 		}.Run(ctx, &history)
 		running.Wait()
 		w.network.HealAll()
@@ -227,21 +253,23 @@ func add(total *linearizability.Summary, s linearizability.Summary) {
 // TestPlantedFaultsAreCaught runs the same simulation over nodes with a bug,
 // and fails if no seed shows it.
 func TestPlantedFaultsAreCaught(t *testing.T) {
-	for name, faults := range map[string]shard.Faults{
-		"reads without confirmation": {ReadWithoutConfirmation: true},
-		"acknowledged before commit": {AcknowledgeBeforeCommit: true},
+	for name, s := range map[string]shape{
+		"reads without confirmation": full(shard.Faults{ReadWithoutConfirmation: true}),
+		"acknowledged before commit": full(shard.Faults{AcknowledgeBeforeCommit: true}),
+		// One that was cut off answers as if nobody else did.
+		"a shard is served by its old and its new owner": sharded(shard.Faults{ReadWithoutConfirmation: true}),
 	} {
 		t.Run(name, func(t *testing.T) {
 			first := firstSeed()
-			for seed := first; seed < first+20; seed++ {
+			for seed := first; seed < first+60; seed++ {
 				var logs lockedBuffer
-				r := simulate(t, full(faults), seed, runFor, 5*time.Second, &logs)
-				if errors.Is(r.verdict, linearizability.ErrViolation) {
+				r := simulate(t, s, seed, runFor, 5*time.Second, &logs)
+				if errors.Is(r.verdict, linearizability.ErrViolation) || errors.Is(r.verdict, errTorn) {
 					t.Logf("caught with seed %d, run %d: %v", seed, seed-first+1, firstLine(r.verdict))
 					return
 				}
 			}
-			t.Errorf("20 runs from seed %d saw nothing wrong", first)
+			t.Errorf("60 runs from seed %d saw nothing wrong", first)
 		})
 	}
 }

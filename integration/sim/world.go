@@ -31,6 +31,7 @@ type shape struct {
 	strategy string
 	shards   int // with StrategyConsistent
 	copies   int
+	think    time.Duration // a client's mean pause
 	faults   shard.Faults
 }
 
