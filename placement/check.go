@@ -86,7 +86,7 @@ func (c checker) check(step ShardStep) string {
 	m, in := c.member[step.Replica]
 	alive := c.count("", func(m shard.Member) bool { return c.alive(m.ID) })
 	twice, second := c.twice()
-	must := twice && !(step.Action == Remove && m.Voter && (m.Node == second || !c.alive(m.ID) && c.needsAll(second)))
+	must := twice && !c.needsAll(second) && !(step.Action == Remove && m.Voter && m.Node == second)
 	switch {
 	case !self.Voter || RoleOf(self.ID) != Data:
 		return "the leader is no data voter of the group"
@@ -111,7 +111,7 @@ func (c checker) check(step ShardStep) string {
 	case !in:
 		return "it is not in the group"
 	case step.Action == Promote:
-		return c.checkPromote(m)
+		return c.checkPromote(m, twice)
 	case step.Action == Remove:
 		return c.checkRemove(step, m, twice)
 	}
@@ -145,7 +145,7 @@ func (c checker) majorityWithout(id raft.ServerID) bool {
 	return 2*c.count(id, func(m shard.Member) bool { return c.caughtUp(m.ID) }) > c.count(id, anyVoter)
 }
 
-func (c checker) checkPromote(m shard.Member) string {
+func (c checker) checkPromote(m shard.Member, twice bool) string {
 	if m.Voter {
 		return "it votes already"
 	}
@@ -153,7 +153,7 @@ func (c checker) checkPromote(m shard.Member) string {
 		return fmt.Sprintf("it has not been measured to have caught up: log %d of %d", c.own.Leading.Followers[m.ID].Match, c.own.Commit)
 	}
 	for _, other := range c.voters {
-		if other.Node == m.Node && c.alive(other.ID) && (RoleOf(other.ID) != Witness || RoleOf(m.ID) != Data) {
+		if other.Node == m.Node && c.alive(other.ID) && (RoleOf(other.ID) != Witness || RoleOf(m.ID) != Data || twice) {
 			return fmt.Sprintf("%s on its node votes", other.ID)
 		}
 	}

@@ -179,7 +179,7 @@ func (w *world) oracleChanged(p *pendingStep, g *group, before, after []shard.Me
 	if r := g.replicas[p.step.Replica]; p.step.Action != Remove || r == nil || !r.lost {
 		w.oracleBears(g, before, after)
 	}
-	if twice := w.doubled(g, before); len(twice) > 0 && !w.stuck(g, twice, before, p.step) && (p.step.Action != Remove || !slices.Contains(twice, p.step.Replica)) {
+	if twice := w.doubled(g, before); len(twice) > 0 && !w.stuck(g, twice, before) && (p.step.Action != Remove || !slices.Contains(twice, p.step.Replica)) {
 		w.broken("%s %s while %v vote on one node", p.step.Action, p.step.Replica, twice)
 	}
 	switch p.step.Action {
@@ -196,13 +196,8 @@ func (w *world) oracleChanged(p *pendingStep, g *group, before, after []shard.Me
 	}
 }
 
-// stuck reports whether a node's second vote cannot leave before the one that
-// the step removes, which will never be back.
-func (w *world) stuck(g *group, twice []raft.ServerID, before []shard.Member, s ShardStep) bool {
-	r := g.replicas[s.Replica]
-	if s.Action != Remove || !r.lost && !w.members[r.node].Leaving {
-		return false
-	}
+// stuck reports whether a node's second vote cannot leave yet.
+func (w *world) stuck(g *group, twice []raft.ServerID, before []shard.Member) bool {
 	for _, id := range twice {
 		rest := slices.DeleteFunc(votersOf(before), func(m shard.Member) bool { return m.ID == id })
 		if 2*countIf(rest, func(m shard.Member) bool { return w.reachable(g.replicas[m.ID]) && !w.nodes[m.Node].muted }) > len(rest) && RoleOf(id) == Witness {
@@ -257,7 +252,7 @@ func (w *world) oraclePromoted(p *pendingStep, g *group, before, after []shard.M
 	}
 	twice := w.doubled(g, after)
 	witnesses := slices.DeleteFunc(slices.Clone(twice), func(id raft.ServerID) bool { return RoleOf(id) != Witness })
-	if len(twice) > 0 && (len(twice) != 2 || len(witnesses) != 1 || RoleOf(id) != Data) {
+	if slices.Contains(twice, id) && (len(twice) != 2 || len(witnesses) != 1 || RoleOf(id) != Data) {
 		w.broken("%v vote on one node", twice)
 	}
 }
@@ -277,7 +272,9 @@ func (w *world) oracleRemoved(p *pendingStep, g *group, m shard.Member, before, 
 		same := o.Node == m.Node && o.ID != m.ID
 		return same && r.lost && o.Voter || (same || r.lost && !o.Voter) && w.current(g, o.ID)
 	})
-	if w.seen(r) || follows || w.stuck(g, w.doubled(g, before), before, p.step) && len(w.doubled(g, before)) > 0 {
+	twice := w.doubled(g, before)
+	needed := len(twice) > 0 && w.stuck(g, twice, before) && (r.lost || w.members[r.node].Leaving)
+	if w.seen(r) || follows || needed {
 		return
 	}
 	waits := slices.ContainsFunc(before, func(o shard.Member) bool {
@@ -311,9 +308,8 @@ func (w *world) describe(g *group) string {
 }
 
 func (w *world) oracleTransferred(g *group, to *replica) {
-	config, _ := g.leader.configuration()
-	if m, ok := find(config, to.id); !ok || !m.Voter || RoleOf(to.id) != Data {
-		w.broken("%s is to lead group %d and cannot", to.id, g.number)
+	if RoleOf(to.id) != Data {
+		w.broken("%s is to lead group %d and has no data", to.id, g.number)
 	}
 }
 

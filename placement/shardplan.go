@@ -220,8 +220,8 @@ func (p *shardPlan) next(t *traffic) *ShardStep {
 		p.wait("%d of %d voters live, too few for any change: bring nodes back", p.count(isVoter, isAlive), p.count(isVoter))
 		return nil
 	}
-	if second := p.secondVote(); second != nil && !p.view.faults.keepSecondVote {
-		return p.removeSecond(second)
+	if step := p.removeSecond(); step != nil {
+		return step
 	}
 	for _, find := range []func(*traffic) *ShardStep{p.dropLearner, p.replaceLost, p.promote, p.remove, p.addLearner, p.create, p.forget, p.transfer} {
 		if step := find(t); step != nil {
@@ -289,18 +289,23 @@ func (p *shardPlan) secondVote() *standing {
 	return second
 }
 
-// removeSecond takes a node's second vote before anything else, unless the group
-// needs it to get rid of a voter that will never be back.
-func (p *shardPlan) removeSecond(second *standing) *ShardStep {
-	if p.majorityWithout(second) {
+// removeSecond takes a node's second vote before anything else. Where the group
+// cannot do without it, because others have died meanwhile, those that will never
+// be back leave first, and other steps go on.
+func (p *shardPlan) removeSecond() *ShardStep {
+	second := p.secondVote()
+	switch {
+	case second == nil || p.view.faults.keepSecondVote:
+		return nil
+	case p.majorityWithout(second):
 		return p.step(Remove, second, "%s votes twice since its data replica got a vote: %s is not needed any more", second.node, second.id)
 	}
+	p.wait("%s cannot be removed yet: too few of the other voters live and have caught up", second.id)
 	for _, r := range p.replicas {
 		if r.voter && (r.lost || r.gone && !r.staying) && p.majorityWithout(r) {
 			return p.step(Remove, r, "%s does not come back, because %s, and the others need its vote to go on", r.id, p.reason(r))
 		}
 	}
-	p.wait("%s cannot be removed yet: too few of the other voters live and have caught up", second.id)
 	return nil
 }
 
@@ -337,8 +342,8 @@ func (p *shardPlan) promote(*traffic) *ShardStep {
 			switch {
 			case !r.caughtUp:
 				p.waitToCatchUp(r)
-			case beside != nil && !beside.lost && (beside.role == Data || r.role == Witness):
-				// That one leaves first (remove).
+			case beside != nil && !beside.lost && (beside.role == Data || r.role == Witness || p.secondVote() != nil):
+				// That one leaves first (remove), or another node's second vote.
 			case r.role == Witness && !p.view.faults.anyWitness && !dataInEveryQuorum(p.count(isVoter, isData, isCaughtUp), p.count(isVoter)+1):
 				p.wait("%s has caught up, but gets its vote only when more data replicas live and have caught up", r.id)
 			case !p.majorityWith(r):

@@ -602,7 +602,9 @@ func (w *world) carryOut(p *pendingStep) {
 	case Create, Forget:
 		w.changeMap(p)
 	case Transfer:
-		if to := g.replicas[s.Replica]; to != nil && w.reachable(to) && w.replicate(g, to, g.leader.last()) {
+		config, _ := g.leader.configuration()
+		to := g.replicas[s.Replica]
+		if m, ok := find(config, s.Replica); ok && m.Voter && w.reachable(to) && w.replicate(g, to, g.leader.last()) {
 			w.oracleTransferred(g, to)
 			w.lead(g, to)
 		}
