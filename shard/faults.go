@@ -39,6 +39,11 @@ type Faults struct {
 	witnessStands bool // witnesses stand for election like others
 }
 
+// isHeartbeat tells raft's heartbeats from its other AppendEntries.
+func isHeartbeat(r *raft.AppendEntriesRequest) bool {
+	return r.PrevLogEntry == 0 && len(r.Entries) == 0 && r.LeaderCommitIndex == 0
+}
+
 // acknowledgeNow answers the puts of a batch; nobody waits for them any more.
 func acknowledgeNow(batch []*proposal) {
 	for i, item := range batch {

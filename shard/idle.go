@@ -1,18 +1,26 @@
 package shard
 
 import (
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
 )
 
 // A group that nobody uses still has its heartbeats and timers, and a node can
-// have hundreds of groups. What keeps that cheap: the heartbeats of all groups
-// leave at the same moments, so that they share wake-ups and writes; and raft's
-// CommitTimeout is long, since this replica itself tells its followers of a
-// commit.
+// have hundreds of groups. A timer that goes off alone is what costs most: it
+// wakes the process up. So the leaders of all groups send their heartbeats at the
+// same moments, and share the wake-ups and the writes; and raft's CommitTimeout
+// is long, since this replica itself tells its followers of a commit.
+
+const (
+	// heartbeats is how many a leader sends in a HeartbeatTimeout. A follower
+	// that misses them asks the others before it stands, and they know better.
+	heartbeats = 4
+	// patience is how much longer than a follower a leader is: raft sends a
+	// heartbeat by itself, at a random moment, when there was none for a tenth
+	// of the timeout, which must be longer than the time between two beats.
+	patience = 3
+)
 
 // untilBeat is how long it is to the next multiple of an interval: the same
 // moment for everybody. The wall clock sets nothing but that phase.
@@ -20,62 +28,47 @@ func untilBeat(interval time.Duration) time.Duration {
 	return interval - time.Duration(time.Now().UnixNano())%interval
 }
 
-// pacedTransport holds raft's heartbeats back until the next beat. Raft makes
-// them more often than that, so there is one in each beat.
-type pacedTransport struct {
-	Transport
-	interval time.Duration
-	now      broadcast    // whoever waits sends now
-	until    atomic.Int64 // monotonic: nobody waits before this
-	start    time.Time
-	closing  chan struct{}
-	close    sync.Once
+// pace makes raft leave the heartbeats of a leader to beat, or takes that back.
+func (l *life) pace(leads bool) {
+	l.reload(func(c *raft.ReloadableConfig) {
+		c.HeartbeatTimeout, c.ElectionTimeout = l.r.cfg.HeartbeatTimeout, l.r.cfg.ElectionTimeout
+		if leads {
+			c.HeartbeatTimeout *= patience
+			c.ElectionTimeout = max(c.ElectionTimeout, c.HeartbeatTimeout)
+		}
+	})
 }
 
-func newPacedTransport(t Transport, interval time.Duration) *pacedTransport {
-	p := &pacedTransport{Transport: t, interval: interval, start: time.Now(), closing: make(chan struct{})}
-	p.now.init()
-	return p
-}
-
-// hurry sends the heartbeats that wait, and for a moment those that come, at
-// once: reads wait for their answers.
-func (p *pacedTransport) hurry() {
-	p.until.Store(int64(time.Since(p.start) + kickAgain))
-	p.now.fire()
-}
-
-// AppendEntries implements raft.Transport.
-func (p *pacedTransport) AppendEntries(id raft.ServerID, target raft.ServerAddress, req *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
-	if isHeartbeat(req) {
-		p.await()
-	}
-	return p.Transport.AppendEntries(id, target, req, resp)
-}
-
-// isHeartbeat tells raft's heartbeats from its other AppendEntries.
-func isHeartbeat(r *raft.AppendEntriesRequest) bool {
-	return r.PrevLogEntry == 0 && len(r.Entries) == 0 && r.LeaderCommitIndex == 0
-}
-
-func (p *pacedTransport) await() {
-	now := p.now.wait() // before the look at until
-	if int64(time.Since(p.start)) < p.until.Load() {
-		return
-	}
-	beat := time.NewTimer(untilBeat(p.interval))
-	defer beat.Stop()
-	select {
-	case <-beat.C:
-	case <-now:
-	case <-p.closing:
+// beat makes raft send its heartbeats for as long as this replica leads. Raft
+// takes a timeout that gets shorter, by however little, as a reason to.
+func (l *life) beat(e *epoch) {
+	interval := l.r.cfg.HeartbeatTimeout / heartbeats
+	timer := time.NewTimer(untilBeat(interval))
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+		case <-e.over:
+			return
+		case <-l.done:
+			return
+		}
+		timer.Reset(untilBeat(interval))
+		l.reload(func(c *raft.ReloadableConfig) {
+			c.HeartbeatTimeout = max(c.HeartbeatTimeout-1, l.r.cfg.HeartbeatTimeout)
+		})
 	}
 }
 
-// Close implements raft.WithClose.
-func (p *pacedTransport) Close() error {
-	p.close.Do(func() { close(p.closing) })
-	return p.Transport.Close()
+// reload changes raft's configuration.
+func (l *life) reload(change func(*raft.ReloadableConfig)) {
+	l.configuring.Lock()
+	defer l.configuring.Unlock()
+	conf := l.raft.ReloadableConfig()
+	change(&conf)
+	if err := l.raft.ReloadConfig(conf); err != nil {
+		l.r.slog.Warn("raft does not take its new configuration", "error", err)
+	}
 }
 
 // tellFollowers tells the others of a commit, as soon as there are no more

@@ -19,7 +19,7 @@ import (
 type life struct {
 	r         *Replica
 	raft      *raft.Raft
-	transport *pacedTransport
+	transport Transport
 	state     *state
 	snapshots *snapshot.Store
 	proposer  *proposer
@@ -32,6 +32,8 @@ type life struct {
 	notify chan bool             // leadership gained or lost, from raft
 	role   atomic.Pointer[epoch] // this replica's leadership; nil = follower or witness
 	halted atomic.Bool           // the state machine refused an entry
+
+	configuring sync.Mutex // raft's configuration is being changed
 
 	committed chan struct{} // capacity 1: entries were applied while leading
 	advancing atomic.Bool   // a follower is being told of a commit
@@ -75,7 +77,7 @@ func (r *Replica) startLife(st *state, bootstrap *raft.Configuration) error {
 		committed: make(chan struct{}, 1),
 		tail:      newTail(r.cfg),
 	}
-	l.transport = newPacedTransport(roleTransport{transport, l}, r.cfg.HeartbeatTimeout/heartbeats)
+	l.transport = roleTransport{transport, l}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	l.done = l.ctx.Done()
 	l.proposer = newProposer(l)
@@ -97,10 +99,6 @@ func (r *Replica) startLife(st *state, bootstrap *raft.Configuration) error {
 	return nil
 }
 
-// heartbeats is how many a leader sends in a HeartbeatTimeout. A follower that
-// misses them asks the others before it stands, and they know better.
-const heartbeats = 3
-
 func (r *Replica) raftConfig(notify chan bool) *raft.Config {
 	conf := raft.DefaultConfig()
 	conf.LocalID = r.cfg.Replica
@@ -111,7 +109,7 @@ func (r *Replica) raftConfig(notify chan bool) *raft.Config {
 	conf.LeaderLeaseTimeout = r.cfg.HeartbeatTimeout
 	// How often replication looks for something to do by itself: it tells of
 	// commits (tellFollowers is quicker) and tries again what has failed.
-	conf.CommitTimeout = min(500*time.Millisecond, r.cfg.HeartbeatTimeout/2)
+	conf.CommitTimeout = min(time.Second, r.cfg.HeartbeatTimeout)
 	conf.BatchApplyCh = true
 	conf.MaxAppendEntries = 64
 	conf.NoSnapshotRestoreOnStart = true
@@ -218,6 +216,8 @@ func (l *life) watchLeadership() {
 
 func (l *life) beginEpoch() *epoch {
 	e := &epoch{serving: make(chan struct{}), over: make(chan struct{})}
+	l.pace(true)
+	l.tasks.Go(func() { l.beat(e) })
 	if l.r.Witness() {
 		l.tasks.Go(func() { l.handOver(e) })
 		return e
@@ -233,6 +233,7 @@ func (l *life) endEpoch(e *epoch) {
 	l.role.Store(nil)
 	if e != nil {
 		close(e.over)
+		l.pace(false)
 		l.r.metrics.leaderChanges.Inc()
 	}
 	l.proposer.flush(ErrNotLeader)

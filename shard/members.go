@@ -242,13 +242,17 @@ func (r *Replica) TransferLeadership(ctx context.Context, node string) error {
 const maxTransferLag = 1000
 
 // successor is the voter to hand the leadership to: the most advanced one by
-// its own answers, on the given node unless that is empty.
+// its own answers of those that still answer, on the given node unless that is
+// empty.
 func (l *life) successor(e *epoch, node string) (raft.ServerID, error) {
 	var best raft.ServerID
 	var match uint64
 	for _, s := range l.raft.GetConfiguration().Configuration().Servers {
 		if s.Suffrage != raft.Voter || IsWitness(s.ID) || s.ID == l.r.cfg.Replica || node != "" && NodeOf(s.ID) != node {
 			continue
+		}
+		if acked := l.transport.Acked(s.ID, e.term); !acked.IsZero() && time.Since(acked) > l.r.cfg.HeartbeatTimeout {
+			continue // raft would refuse writes while it waits in vain
 		}
 		if m := l.transport.MatchIndex(s.ID, e.term); best == "" || m > match {
 			best, match = s.ID, m

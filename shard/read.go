@@ -177,7 +177,6 @@ func (q *reads) kick() {
 		return
 	}
 	q.kicks.Add(1)
-	q.l.transport.hurry()
 	q.l.tasks.Go(func() {
 		defer q.l.proposer.open.Done()
 		defer q.kicks.Add(-1)

@@ -89,11 +89,8 @@ func (l *life) watchTail() {
 		case <-l.done:
 			return
 		}
-		conf := l.raft.ReloadableConfig()
-		conf.TrailingLogs = l.tail.restart()
-		if err := l.raft.ReloadConfig(conf); err != nil {
-			l.r.slog.Warn("cannot set how much log is kept", "error", err)
-		}
+		kept := l.tail.restart()
+		l.reload(func(c *raft.ReloadableConfig) { c.TrailingLogs = kept })
 		// Fails while a configuration change is in flight; the next time that
 		// enough has come tries again.
 		err := l.raft.Snapshot().Error()

@@ -19,7 +19,7 @@ func (l *life) watchState() {
 // write, but its heartbeats go on and would keep a leader that cannot commit
 // in office. Silencing the transport lets the others elect a new one.
 func (l *life) watchDisk() {
-	interval := max(l.r.cfg.DiskStepDown/10, 10*time.Millisecond)
+	interval := max(l.r.cfg.DiskStepDown/5, 10*time.Millisecond)
 	timer := time.NewTimer(untilBeat(interval))
 	defer timer.Stop()
 	silent := false
