@@ -21,6 +21,7 @@ import (
 	"kvd/placement"
 	"kvd/shard"
 	"kvd/shard/raftlog"
+	"kvd/snapshot"
 )
 
 // localMap reads the map from this node's own state of group 0, as it is; nil
@@ -69,6 +70,8 @@ func (n *Node) freshMap(ctx context.Context) (*placement.Map, error) {
 // deleted as the cluster map says, which this node's replica of group 0 has.
 type groups struct {
 	n       *Node
+	flushes *fsm.Flushes                              // shared by the states
+	streams *snapshot.Limit                           // shared by the replicas
 	current atomic.Pointer[placement.Map]             // as this node knows it
 	routes  atomic.Pointer[routes]                    // by the same
 	usable  atomic.Pointer[map[uint64]*shard.Replica] // by group: voters with state
@@ -91,7 +94,7 @@ const (
 
 func newGroups(n *Node) *groups {
 	g := &groups{
-		n:    n,
+		n: n, flushes: fsm.NewFlushes(flushesAtOnce), streams: snapshot.NewLimit(streamsAtOnce),
 		open: make(map[placement.ReplicaRef]*shard.Replica), lost: make(map[placement.ReplicaRef]bool), onDisk: make(map[placement.ReplicaRef]bool),
 	}
 	g.follow(&placement.Map{})
@@ -227,12 +230,35 @@ func each(all []placement.ReplicaRef, f func(placement.ReplicaRef) error) error 
 	return errors.Join(errs...)
 }
 
+// What each of hundreds of shards may use of what they share. Their states need
+// not be durable soon, because their logs are; each write to a state costs two
+// syncs of the disk.
+const (
+	shardFlushInterval = 2 * time.Second
+	shardMaxLagBytes   = 16 << 20
+	shardMmapBytes     = 1 << 30
+	shardCacheBytes    = 1 << 20
+	flushesAtOnce      = 4
+	streamsAtOnce      = 4
+)
+
+// shardConfig describes a replica of a shard.
+func (g *groups) shardConfig(r placement.ReplicaRef) shard.Config {
+	cfg := g.n.replicaConfig(r.Group, r.ID, g.dirOf(r), shardCacheBytes)
+	cfg.Sequencer = g.n.sequences
+	cfg.Streams = g.streams
+	cfg.State.Flushes = g.flushes
+	cfg.State.FlushInterval = shardFlushInterval
+	cfg.State.MaxLagBytes = shardMaxLagBytes
+	cfg.State.InitialMmapBytes = shardMmapBytes
+	return cfg
+}
+
 // openOne opens one replica, creating it if this node never has. A replica
 // whose files are gone or damaged is lost for good: it is reported so, and
 // rebuilt under another id.
 func (g *groups) openOne(r placement.ReplicaRef, s placement.Shard) error {
-	cfg := g.n.replicaConfig(r.Group, r.ID, g.dirOf(r))
-	cfg.Sequencer = g.n.sequences
+	cfg := g.shardConfig(r)
 	if slices.Contains(s.Founders, r.ID) {
 		cfg.Bootstrap = &raft.Configuration{}
 		for _, id := range s.Founders {

@@ -245,7 +245,7 @@ const logFile = "raft.db"
 // group0Config describes this node's replica of group 0.
 func (n *Node) group0Config() shard.Config {
 	outcome := n.outcome()
-	cfg := n.replicaConfig(group0, raft.ServerID(outcome.Replica), filepath.Join(n.cfg.DataDir, "groups", "0"))
+	cfg := n.replicaConfig(group0, raft.ServerID(outcome.Replica), filepath.Join(n.cfg.DataDir, "groups", "0"), raftlog.DefaultCacheBytes)
 	if outcome.Founder {
 		cfg.Bootstrap = &raft.Configuration{}
 		for _, m := range outcome.Record.Members {
@@ -255,8 +255,9 @@ func (n *Node) group0Config() shard.Config {
 	return cfg
 }
 
-// replicaConfig describes a replica of any group on this node.
-func (n *Node) replicaConfig(group uint64, id raft.ServerID, dir string) shard.Config {
+// replicaConfig describes a replica of any group on this node, of whose log as
+// much is kept in memory.
+func (n *Node) replicaConfig(group uint64, id raft.ServerID, dir string, cacheBytes int) shard.Config {
 	return shard.Config{
 		Group: group, ClusterID: n.outcome().ClusterID, Replica: id, Dir: dir,
 		NewTransport: func(install shard.InstallFunc) (shard.Transport, error) {
@@ -271,7 +272,7 @@ func (n *Node) replicaConfig(group uint64, id raft.ServerID, dir string) shard.C
 				return n.cfg.OpenLog(dir, group, guard)
 			}
 			return raftlog.Open(raftlog.Options{
-				Path: filepath.Join(dir, logFile), Guard: guard, NoSync: n.cfg.NoSync,
+				Path: filepath.Join(dir, logFile), Guard: guard, NoSync: n.cfg.NoSync, CacheBytes: cacheBytes,
 				Logger: n.log, Registerer: shard.WithGroup(n.cfg.Registry, group, id),
 			})
 		},
