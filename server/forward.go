@@ -128,11 +128,11 @@ func (r *router) call(ctx context.Context, node, method string, payload []byte) 
 func (r *router) heard(ctx context.Context, node, method string, start time.Time, err error) {
 	switch {
 	case err == nil:
-		r.leaders.answered(node, true)
+		r.quiet.answered(node, true)
 	case r.cfg.NotDelivered(err):
-		r.leaders.answered(node, false)
+		r.quiet.answered(node, false)
 	case method != methodPropose && errors.Is(ctx.Err(), context.DeadlineExceeded) && time.Since(start) >= gateTimeout/2:
-		r.leaders.answered(node, false)
+		r.quiet.answered(node, false)
 	}
 }
 

@@ -14,14 +14,8 @@ import (
 // leaders remembers the nodes that lead groups of which this node has no
 // replica to ask. What it says may be old: whoever is asked knows better.
 type leaders struct {
-	mu     sync.Mutex
-	nodes  map[uint64]string
-	silent map[string]silent // nodes that did not answer
-}
-
-type silent struct {
-	since time.Time
-	times int // in succession
+	mu    sync.Mutex
+	nodes map[uint64]string
 }
 
 func (l *leaders) get(group uint64) string {
@@ -46,42 +40,6 @@ func (l *leaders) forget(group uint64, node string) {
 	if l.nodes[group] == node {
 		delete(l.nodes, group)
 	}
-}
-
-// silence is how long a node that has not answered is left alone, as far as
-// others may know better; twice and four times as long if it goes on.
-const silence = time.Second
-
-// answered keeps track of the nodes that answer.
-func (l *leaders) answered(node string, did bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if did {
-		delete(l.silent, node)
-		return
-	}
-	if l.silent == nil || len(l.silent) > maxSilent {
-		l.silent = make(map[string]silent)
-	}
-	s := l.silent[node]
-	if !s.now() { // calls at the same time count once
-		s.times++
-	}
-	s.since = time.Now()
-	l.silent[node] = s
-}
-
-// maxSilent is more than there are nodes: hints may hold any name.
-const maxSilent = 1 << 10
-
-func (l *leaders) isSilent(node string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.silent[node].now()
-}
-
-func (s silent) now() bool {
-	return s.times > 0 && time.Since(s.since) < silence<<min(s.times-1, 2)
 }
 
 // target is where an attempt of a request goes.
@@ -111,7 +69,7 @@ func (r *router) target(group uint64, a *attempts) target {
 		t.node = a.hint
 	case t.node == "":
 		t.node = r.guess(group, a.n)
-	case a.n%2 == 1 || r.leaders.isSilent(t.node):
+	case a.n%2 == 1 || r.quiet.isSilent(t.node):
 		t.node = cmp.Or(r.guess(group, a.n/2), t.node)
 	}
 	return t
@@ -119,7 +77,7 @@ func (r *router) target(group uint64, a *attempts) target {
 
 // guess names another node.
 func (r *router) guess(group uint64, attempt int) string {
-	if node := r.leaders.get(group); node != "" && !r.leaders.isSilent(node) {
+	if node := r.leaders.get(group); node != "" && !r.quiet.isSilent(node) {
 		return node
 	}
 	return r.dataNode(group, attempt)
@@ -134,7 +92,7 @@ func (r *router) dataNode(group uint64, attempt int) string {
 		node := nodes[(attempt+i)%len(nodes)]
 		switch {
 		case node == r.cfg.Node:
-		case !r.leaders.isSilent(node):
+		case !r.quiet.isSilent(node):
 			return node
 		case fallback == "":
 			fallback = node
@@ -177,7 +135,7 @@ func (r *router) askAnyone(ctx context.Context, _ uint64, node, method string, p
 
 // moved takes a hint by the node that does not lead.
 func (r *router) moved(group uint64, node, hint string) error {
-	if !r.sharded || hint == "" || len(hint) > maxNodeName || hint == node || hint == r.cfg.Node || r.leaders.isSilent(hint) {
+	if !r.sharded || hint == "" || len(hint) > maxNodeName || hint == node || hint == r.cfg.Node || r.quiet.isSilent(hint) {
 		return shard.ErrNotLeader
 	}
 	r.leaders.learn(group, hint)

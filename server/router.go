@@ -24,6 +24,8 @@ type router struct {
 	pending atomic.Int64 // bytes of writes under way
 	answers answers
 	leaders leaders
+	quiet   silences[string] // nodes that do not answer
+	behind  silences[uint64] // groups whose replica here lags, or knows no leader
 	sizes   pageSizes
 	cuts    cuts
 	gating  atomic.Int64  // groups whose gates other nodes wait for
@@ -204,12 +206,20 @@ func (r *router) acquire(ctx context.Context, group uint64, serializable bool) (
 // pinHere is acquire for a read that another node can answer too, if this one
 // cannot do so soon.
 func (r *router) pinHere(ctx context.Context, group uint64, serializable bool) (*fsm.Store, func(), error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
 	to := r.target(group, &attempts{})
-	if to.replica == nil {
+	if to.replica == nil || !serializable && !to.here && r.behind.isSilent(group) {
 		return nil, nil, errNoReplica
 	}
+	soon, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	state, release, err := r.pinOf(soon, group, to, serializable)
+	if ctx.Err() == nil && !serializable {
+		r.behind.answered(group, err == nil)
+	}
+	return state, release, err
+}
+
+func (r *router) pinOf(ctx context.Context, group uint64, to target, serializable bool) (*fsm.Store, func(), error) {
 	var index uint64
 	var err error
 	switch {

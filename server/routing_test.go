@@ -472,17 +472,17 @@ func TestHungLeaderIsLeftSoon(t *testing.T) {
 
 func TestSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var l leaders
+		var l silences[string]
 		lasts := func(want time.Duration) {
 			t.Helper()
 			for range 20 { // at once
 				l.answered("n1", false)
 			}
-			time.Sleep(want - 1)
+			time.Sleep(want - time.Nanosecond)
 			if !l.isSilent("n1") {
 				t.Errorf("not silent for %v", want)
 			}
-			time.Sleep(1)
+			time.Sleep(time.Nanosecond)
 			if l.isSilent("n1") {
 				t.Errorf("silent for more than %v", want)
 			}
@@ -497,11 +497,51 @@ func TestSilence(t *testing.T) {
 }
 
 func TestSilentNodesAreBounded(t *testing.T) {
-	var l leaders
+	var l silences[string]
 	for i := range 10 * maxSilent {
 		l.answered(fmt.Sprint("n", i), false)
 	}
 	if len(l.silent) > maxSilent+1 {
 		t.Fatalf("%d nodes are remembered", len(l.silent))
 	}
+}
+
+// A replica that lags makes the first read wait, and not every one.
+func TestLaggingReplicaIsLeftAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 5, 5, 3, nil)
+		key := w.keyIn(1, "k")
+		r := w.shards[1].replicas["n2"]
+		r.change(func(r *shardReplica) { r.frozen = true })
+		w.put("n1", key, "v")
+		read := func(serializable bool) time.Duration {
+			start := time.Now()
+			resp, err := w.kv("n2").Range(t.Context(), &pb.RangeRequest{Key: []byte(key), Serializable: serializable})
+			if err != nil || len(resp.Kvs) != 1 && !serializable {
+				t.Errorf("%v, %v", resp, err)
+			}
+			return time.Since(start)
+		}
+		if took := read(false); took != patience {
+			t.Errorf("the first read took %v", took)
+		}
+		for range 5 {
+			if took := read(false); took != 0 {
+				t.Errorf("a later read took %v", took)
+			}
+		}
+		if took := read(true); took != 0 {
+			t.Errorf("a serializable read took %v", took)
+		}
+		start := time.Now()
+		if _, err := w.kv("n2").Range(t.Context(), wholeRange); err != nil || time.Since(start) != 0 {
+			t.Errorf("a read of all shards: %v after %v", err, time.Since(start))
+		}
+		r.change(func(r *shardReplica) { r.frozen = false })
+		time.Sleep(silence)
+		before := w.callsOf(methodPage)
+		if took := read(false); took != 0 || w.callsOf(methodPage) != before {
+			t.Errorf("when it has caught up a read took %v, and %d calls", took, w.callsOf(methodPage)-before)
+		}
+	})
 }

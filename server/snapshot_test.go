@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/protobuf/proto"
@@ -88,35 +89,29 @@ func overtakingWrites(t *testing.T, plant func(*faults)) (unseen bool) {
 // A read must see what was acknowledged before it began, whatever other reads
 // are under way.
 func lateReader(t *testing.T, plant func(*faults)) (seen bool) {
-	w := newWorld(t, 3, 5, 2, func(c *Config) { plant(&c.faults) })
-	asked, release := make(chan struct{}), make(chan struct{})
-	var once sync.Once
-	w.onLatest = func() {
-		once.Do(func() {
-			close(asked)
-			<-release
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 3, 5, 2, func(c *Config) { plant(&c.faults) })
+		asked, release := make(chan struct{}), make(chan struct{})
+		var once sync.Once
+		w.onLatest = func() {
+			once.Do(func() {
+				close(asked)
+				<-release
+			})
+		}
+		var reading sync.WaitGroup
+		reading.Go(func() { valuesAt(t, w.kv("n3"), 0) })
+		<-asked
+		w.put("n1", "k", "v")
+		reading.Go(func() {
+			values, _ := valuesAt(t, w.kv("n3"), 0)
+			seen = values["k"] == "v"
 		})
-	}
-	var reading sync.WaitGroup
-	reading.Go(func() { valuesAt(t, w.kv("n3"), 0) })
-	<-asked
-	w.put("n1", "k", "v")
-	joined := make(chan struct{})
-	var values map[string]string
-	reading.Go(func() {
-		close(joined)
-		values, _ = valuesAt(t, w.kv("n3"), 0)
+		synctest.Wait() // until both wait
+		close(release)
+		reading.Wait()
 	})
-	<-joined
-	q := &w.servers["n3"].router.cuts
-	for waiting := false; !waiting && !q.router.cfg.faults.joinBegunCut; { // until it waits for its own
-		q.mu.Lock()
-		waiting = q.gathering != nil
-		q.mu.Unlock()
-	}
-	close(release)
-	reading.Wait()
-	return values["k"] == "v"
+	return seen
 }
 
 func TestReadsOfAllShardsAreSnapshots(t *testing.T) {

@@ -113,7 +113,7 @@ func (r *router) onState(ctx context.Context, group uint64, node string, here fu
 	for a := (attempts{router: r}); ; {
 		replica := r.cfg.Replica(group)
 		err := errNoReplica
-		if replica != nil && a.n%2 == 0 {
+		if replica != nil && a.n%2 == 0 && (a.n > 0 || node == "" || !r.behind.isSilent(group)) {
 			attempt, cancel := context.WithTimeout(ctx, a.timeout(minAttempt))
 			err = here(attempt, replica)
 			cancel()
@@ -141,15 +141,16 @@ func (r *router) onState(ctx context.Context, group uint64, node string, here fu
 const (
 	// minAttempt is how long a read first waits for an answer.
 	minAttempt = time.Second
-	// patience is how much of it this node's state may use to catch up.
-	patience = minAttempt / 4
+	// patience is how long it waits for this node's state to catch up, if
+	// another node has one.
+	patience = minAttempt / 2
 )
 
 // pinFor pins a state that has applied index, or will have soon.
 func pinFor(ctx context.Context, replica Replica, index uint64) (*fsm.Store, func(), error) {
 	if deadline, ok := ctx.Deadline(); ok {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, max(time.Until(deadline)/4, patience))
+		ctx, cancel = context.WithTimeout(ctx, max(time.Until(deadline)/2, patience))
 		defer cancel()
 	}
 	state, release, err := replica.AcquireState(ctx, index)
