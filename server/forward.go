@@ -123,15 +123,15 @@ func (r *router) call(ctx context.Context, node, method string, payload []byte) 
 	return code(reply[1]), reply[answerHeader:], nil
 }
 
-// heard notes whether a node answers. Reads are answered before their caller
-// gives up, unless that is very soon; writes take as long as they take.
+// heard notes whether a node answers in time. Reads are answered before their
+// caller gives up; writes take as long as they take. What fails soon costs
+// nothing to try again.
 func (r *router) heard(ctx context.Context, node, method string, start time.Time, err error) {
 	switch {
 	case err == nil:
 		r.quiet.answered(node, true)
-	case r.cfg.NotDelivered(err):
-		r.quiet.answered(node, false)
-	case method != methodPropose && errors.Is(ctx.Err(), context.DeadlineExceeded) && time.Since(start) >= gateTimeout/2:
+	case time.Since(start) < gateTimeout/2:
+	case r.cfg.NotDelivered(err), method != methodPropose && errors.Is(ctx.Err(), context.DeadlineExceeded):
 		r.quiet.answered(node, false)
 	}
 }
