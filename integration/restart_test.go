@@ -29,6 +29,11 @@ func (l *ledger) count() int { l.mu.Lock(); defer l.mu.Unlock(); return len(l.ac
 
 // load puts unique keys through all nodes until ctx is done, and enters what was acknowledged.
 func load(ctx context.Context, t *testing.T, c *cluster.Cluster, l *ledger, prefix string) (wait func()) {
+	return trickle(ctx, t, c, l, prefix, 0)
+}
+
+// trickle is load with a pause after each write.
+func trickle(ctx context.Context, t *testing.T, c *cluster.Cluster, l *ledger, prefix string, pause time.Duration) (wait func()) {
 	var group sync.WaitGroup
 	for i := range 12 {
 		names := c.Names()
@@ -41,6 +46,9 @@ func load(ctx context.Context, t *testing.T, c *cluster.Cluster, l *ledger, pref
 				cancel()
 				if err == nil {
 					l.add(p, resp.Header.Revision)
+				}
+				if pause > 0 {
+					time.Sleep(pause)
 				}
 			}
 		})
