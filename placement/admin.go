@@ -115,7 +115,7 @@ func (r *Reconciler) Leave(ctx context.Context, name string, force bool) error {
 	if err != nil {
 		return err
 	}
-	if votes := min(remaining, votesOf(m.Config)); 2*alive <= votes {
+	if votes := min(remaining, votesOf(m.Config, remaining)); 2*alive <= votes {
 		return fmt.Errorf("%w: of the %d others, %d are known to be alive", ErrQuorum, remaining, alive)
 	}
 	if m.Config != nil && alive < m.Config.ReplicationFactor && !force {

@@ -319,14 +319,30 @@ func (r *Reconciler) gone(m *Map, member Member) bool {
 	return status.ConfigurationCommitted && !slices.ContainsFunc(status.Members, func(g shard.Member) bool { return g.Node == member.Name })
 }
 
-// Votes in group 0: of a cluster with shards, and of one without.
+// Votes in group 0, at most: of a cluster with shards, and of one without.
 const mapVoters, fullVoters = 5, 7
 
-func votesOf(cfg *ClusterConfig) int {
-	if cfg != nil {
-		return mapVoters
+// votesOf is how many votes group 0 is to have when so many members stay. Where
+// it has the map alone, that is an odd number: one more bears no more failures,
+// and a member without a vote can take over that of a dead one.
+func votesOf(cfg *ClusterConfig, members int) int {
+	switch {
+	case cfg == nil:
+		return fullVoters
+	case members <= 2:
+		return 2
 	}
-	return fullVoters
+	return min(mapVoters, members-1+members%2)
+}
+
+// staying counts the members that are not leaving.
+func (m *Map) staying() (n int) {
+	for _, member := range m.Members {
+		if !member.Leaving {
+			n++
+		}
+	}
+	return n
 }
 
 // startGroup0 begins the next step of group 0 itself, which this node leads.
@@ -338,7 +354,7 @@ func (r *Reconciler) startGroup0(m *Map, now time.Time) {
 	}
 	view := View{
 		Members: m.Members, Group: status.Members, Leader: status.Replica, Commit: status.CommitIndex,
-		Match: make(map[raft.ServerID]uint64), MaxVoters: votesOf(m.Config), Holding: make(map[string]bool),
+		Match: make(map[raft.ServerID]uint64), MaxVoters: votesOf(m.Config, m.staying()), Holding: make(map[string]bool),
 	}
 	for id, f := range replica.Followers() {
 		view.Match[id] = f.Match
