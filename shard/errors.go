@@ -27,6 +27,9 @@ var (
 	ErrContradicted = errors.New("shard: committed entries are contradicted")
 	// ErrBusy: another snapshot is being installed, or the replica is starting.
 	ErrBusy = errors.New("shard: no snapshot can be installed now")
+	// ErrNeeded: this witness would have to drop log entries that a data replica
+	// may lack.
+	ErrNeeded = errors.New("shard: the log of this witness is needed")
 	// ErrNoTarget: no member can take over the leadership.
 	ErrNoTarget = errors.New("shard: no such voter to lead")
 )

@@ -18,9 +18,9 @@ import (
 // with its help can live on it and on a dead node alone. So it leads if nobody
 // else can, for as long as it takes to feed a data replica; and the beginning of
 // its log goes only up to what every data voter has on disk, which it is told
-// (SetTruncationFloor). One exception is an install: then the leader's log begins
-// behind the end of this one, so what is dropped was committed without this
-// witness, and has a majority that it does not belong to.
+// (SetTruncationFloor). The same holds when it has to go on behind a snapshot.
+// Then the leader's log begins behind the end of this one: what is skipped was
+// committed without this witness, and has a majority that it does not belong to.
 
 // Witness reports whether this replica is a witness: it votes and keeps the
 // log, but has no state and serves nothing.
@@ -137,8 +137,19 @@ func (l *life) heir(orWitness bool) (best raft.ServerID) {
 }
 
 // jump is how a witness receives a snapshot, of which it gets the place alone:
-// it goes on behind it.
+// it goes on behind it, unless a data replica lacks what it would drop. Then it
+// stays behind until that one has it, or is not a voter any more.
 func (r *Replica) jump(l *life, req *raft.InstallSnapshotRequest) (*raft.InstallSnapshotResponse, error) {
+	last, err := r.log.LastIndex()
+	if err != nil {
+		return nil, err
+	}
+	// If there is an entry at the snapshot's index, it is not the committed one.
+	if drops := min(last, req.LastLogIndex-1); drops > r.floor.Load() {
+		r.slog.Warn("this witness is too far behind for the leader's log, and cannot leave out what it lacks because another replica may need what would go",
+			"end", last, "snapshot", req.LastLogIndex, "floor", r.floor.Load())
+		return nil, ErrNeeded
+	}
 	meta := snapshot.Meta{
 		ClusterID: r.cfg.ClusterID, Group: r.cfg.Group,
 		Index: req.LastLogIndex, Term: req.LastLogTerm,

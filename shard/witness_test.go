@@ -317,8 +317,14 @@ func TestAWitnessIsSentNoData(t *testing.T) {
 		for i := range 200 {
 			c.mustPut(leader, fmt.Sprint("k", i), "v")
 		}
-		last := witness.Status().LastLogIndex
 		c.network.Rejoin("n3")
+		time.Sleep(20 * time.Second)
+		last := witness.Status().LastLogIndex
+		if first := witness.Status().FirstLogIndex; first != 1 || last > 100 {
+			t.Errorf("it does not know what the others have, and its log is from %d to %d", first, last)
+		}
+		witness.SetTruncationFloor(last)
+		sent.sizes = nil
 		c.until(func() bool { return leader.Followers()["n3/1w"].Match >= leader.Status().CommitIndex })
 		if len(sent.sizes) == 0 || sent.sizes[0] != 0 {
 			t.Errorf("sizes of what was sent: %v", sent.sizes)
@@ -338,21 +344,26 @@ func TestAWitnessIsSentNoData(t *testing.T) {
 	})
 }
 
-// What an install does to a witness is a matter of what its log holds there, as
-// with others.
+// What an install does to a witness is a matter of what its log holds, as with
+// others, and of what data replicas may lack.
 func TestInstallOnAWitness(t *testing.T) {
 	const at, term = 10, 3
 	for _, tc := range []struct {
 		name        string
 		first, last uint64
 		logTerm     uint64
+		floor       uint64
 		log         [2]uint64 // afterwards
+		err         error
 	}{
 		{name: "empty log"},
-		{name: "log ends before", first: 1, last: 5, logTerm: term},
+		{name: "log ends before, and all have it", first: 1, last: 5, logTerm: term, floor: 5},
+		{name: "log ends before, and one may lack its end", first: 1, last: 5, logTerm: term, floor: 4, log: [2]uint64{1, 5}, err: ErrNeeded},
+		{name: "log ends before, and nothing is known", first: 1, last: 5, logTerm: term, log: [2]uint64{1, 5}, err: ErrNeeded},
 		{name: "log ends there", first: 1, last: 10, logTerm: term, log: [2]uint64{1, 10}},
 		{name: "log goes on", first: 1, last: 20, logTerm: term, log: [2]uint64{1, 20}},
-		{name: "divergent log goes on", first: 1, last: 20, logTerm: 2},
+		{name: "divergent log goes on", first: 1, last: 20, logTerm: 2, floor: 9},
+		{name: "divergent log goes on, and one may lack its beginning", first: 1, last: 20, logTerm: 2, floor: 8, log: [2]uint64{1, 20}, err: ErrNeeded},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			request, _ := makeStream(t, 3, 7, at, term)
@@ -361,8 +372,9 @@ func TestInstallOnAWitness(t *testing.T) {
 			bubble(t, 0, nil, func(c *cluster) {
 				c.witness = "n1"
 				r := c.lone(tc.first, tc.last, tc.logTerm)
+				r.SetTruncationFloor(tc.floor)
 				answer, err := r.install(context.Background(), request, failingReader{})
-				if err != nil || !answer.Success {
+				if !errors.Is(err, tc.err) || err == nil && !answer.Success {
 					t.Fatalf("answer %+v, %v", answer, err)
 				}
 				for range 2 {
