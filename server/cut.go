@@ -231,7 +231,7 @@ func (r *router) gatesHere(ctx context.Context, _ string, at int64, groups []uin
 }
 
 func (r *router) gateHere(ctx context.Context, group uint64, at int64) (uint64, error) {
-	replica := r.cfg.Replica(group)
+	replica := r.ofKeys(group)
 	if replica == nil {
 		return 0, shard.ErrNotLeader
 	}

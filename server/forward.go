@@ -183,15 +183,26 @@ func (r *router) readIndexThere(ctx context.Context, node string, group uint64) 
 // local replica only: a node that does not lead says so, and the caller, who
 // may know better by now, decides where to go next.
 func (r *router) handlers() map[string]HandlerFunc {
-	return map[string]HandlerFunc{
+	all := map[string]HandlerFunc{
 		methodPropose:   r.guarded(r.handlePropose),
 		methodReadIndex: r.guarded(r.handleReadIndex),
-		methodPage:      r.guarded(r.handlePage),
-		methodReadTxn:   r.guarded(r.handleReadTxn),
-		methodGate:      r.guarded(r.handleGate),
-		methodRows:      r.guarded(r.handleRows),
-		methodHash:      r.guarded(r.handleHash),
 	}
+	if r.sharded {
+		all[methodPage] = r.guarded(r.handlePage)
+		all[methodReadTxn] = r.guarded(r.handleReadTxn)
+		all[methodGate] = r.guarded(r.handleGate)
+		all[methodRows] = r.guarded(r.handleRows)
+		all[methodHash] = r.guarded(r.handleHash)
+	}
+	return all
+}
+
+// ofKeys is this node's replica of a group that has keys; nil if there is none.
+func (r *router) ofKeys(group uint64) Replica {
+	if r.sharded && group == userGroup { // it has the cluster map
+		return nil
+	}
+	return r.cfg.Replica(group)
 }
 
 // guarded keeps a peer's message from ending the process (I8).
@@ -216,7 +227,7 @@ func (r *router) handlePropose(ctx context.Context, _ string, payload []byte) ([
 		return answer(codeOf(err)), nil
 	}
 	group := binary.BigEndian.Uint64(payload[3:])
-	replica := r.cfg.Replica(group)
+	replica := r.ofKeys(group)
 	if replica == nil {
 		return r.decline(group, nil, shard.ErrNotLeader), nil
 	}

@@ -130,7 +130,7 @@ func (r *router) handleHash(ctx context.Context, _ string, payload []byte) ([]by
 	group := binary.BigEndian.Uint64(payload[1:])
 	index, revision := binary.BigEndian.Uint64(payload[13:]), int64(binary.BigEndian.Uint64(payload[21:]))
 	current := int64(binary.BigEndian.Uint64(payload[29:]))
-	replica := r.cfg.Replica(group)
+	replica := r.ofKeys(group)
 	if replica == nil {
 		return r.decline(group, nil, shard.ErrNotLeader), nil
 	}

@@ -198,7 +198,7 @@ func (r *router) handleRows(ctx context.Context, _ string, payload []byte) ([]by
 	if len(payload) > rowsHeader {
 		cursor = payload[rowsHeader:]
 	}
-	replica := r.cfg.Replica(group)
+	replica := r.ofKeys(group)
 	if replica == nil {
 		return r.decline(group, nil, shard.ErrNotLeader), nil
 	}

@@ -308,7 +308,7 @@ func (r *router) handlePage(ctx context.Context, _ string, payload []byte) ([]by
 	if err != nil {
 		return answer(codeMalformed), nil
 	}
-	replica := r.cfg.Replica(p.group)
+	replica := r.ofKeys(p.group)
 	if replica == nil {
 		return r.decline(p.group, nil, shard.ErrNotLeader), nil
 	}

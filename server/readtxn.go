@@ -153,7 +153,7 @@ func (r *router) handleReadTxn(ctx context.Context, _ string, payload []byte) ([
 	if proto.Unmarshal(payload[readTxnHeader:], q.r) != nil || checkTxn(q.r, maxForwardedOps) != nil || !isReadOnly(q.r) || q.at < 0 {
 		return answer(codeMalformed), nil
 	}
-	replica := r.cfg.Replica(q.group)
+	replica := r.ofKeys(q.group)
 	if replica == nil {
 		return r.decline(q.group, nil, shard.ErrNotLeader), nil
 	}

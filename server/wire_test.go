@@ -73,6 +73,7 @@ func TestMalformedCallsOfShardedReads(t *testing.T) {
 		"page sorted by what":       {methodPage, valid(&pageRequest{group: 1, whole: true, r: &pb.RangeRequest{Key: []byte("k"), SortTarget: 99}}), codeMalformed},
 		"page at a negative newest": {methodPage, valid(&pageRequest{group: 1, current: -1, r: key}), codeMalformed},
 		"page of another's group":   {methodPage, valid(&pageRequest{group: 2, r: key}), codeNotLeader},
+		"page of the map":           {methodPage, valid(&pageRequest{group: 0, lead: true, r: key}), codeNotLeader},
 		"page of no group":          {methodPage, valid(&pageRequest{group: 99, r: key}), codeNotLeader},
 		"page in the future":        {methodPage, valid(&pageRequest{group: 1, r: &pb.RangeRequest{Key: []byte("k"), Revision: 99}}), codeRefused},
 		"page of an unknown index":  {methodPage, valid(&pageRequest{group: 1, index: 99, r: key}), codeNotLeader},
