@@ -263,7 +263,7 @@ func (w *world) oracleRemoved(p *pendingStep, g *group, m shard.Member, before, 
 	data, voters := w.slotsOf(p.total)
 	r := g.replicas[m.ID]
 	isData := func(m shard.Member) bool { return m.Voter && RoleOf(m.ID) == Data }
-	lives := r != nil && w.runs(r) && w.current(g, m.ID)
+	lives := r != nil && w.runs(r) && w.clock-w.nodes[r.node].upSince > excuse && w.current(g, m.ID)
 	copies := countIf(after, func(m shard.Member) bool { return isData(m) && w.current(g, m.ID) })
 	if lives && isData(m) && copies < data {
 		w.broken("%s is a live copy and goes, and %d of %d are left: %s", m.ID, copies, data, w.describe(g))
@@ -274,7 +274,7 @@ func (w *world) oracleRemoved(p *pendingStep, g *group, m shard.Member, before, 
 	})
 	twice := w.doubled(g, before)
 	needed := len(twice) > 0 && w.stuck(g, twice, before) && (r.lost || w.members[r.node].Leaving)
-	if w.seen(r) || follows || needed {
+	if w.seen(r) || follows || needed || slices.Contains(twice, m.ID) {
 		return
 	}
 	waits := slices.ContainsFunc(before, func(o shard.Member) bool {

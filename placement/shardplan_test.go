@@ -143,7 +143,7 @@ func (w *world) upset(kind int) {
 		})
 		w.logf("%s: muted %v, isolated %v", n.name, n.muted, n.isolated)
 	case 21:
-		if len(w.nodes) < 9 && w.pick(2, "joins") == 0 {
+		if len(w.nodes) < 10 && w.pick(2, "joins") == 0 {
 			w.join()
 		} else if m, ok := w.members[n.name]; ok && w.staying() > 1 {
 			m.Leaving = true
@@ -195,7 +195,7 @@ func (w *world) restart(n *machine) {
 	if !member {
 		return
 	}
-	n.up, n.muted, n.isolated = true, false, false
+	n.up, n.upSince, n.muted, n.isolated = true, w.clock, false, false
 	m.Incarnation = n.incarnation
 	w.members[n.name] = m
 	delete(w.heard, n.name)

@@ -62,6 +62,7 @@ type machine struct {
 	name        string
 	incarnation uint64
 	up          bool
+	upSince     int
 	downSince   int
 	muted       bool // its reports do not arrive
 	isolated    bool // its raft messages do not arrive
@@ -140,10 +141,10 @@ func newWorld(c chooser, faults faults, checked bool) *world {
 		heard: make(map[string]int), reports: make(map[GroupAndID]observation),
 	}
 	w.config = ClusterConfig{
-		Strategy: "consistent", Shards: 1 + c.pick(3, "shards"), ReplicationFactor: 1 + c.pick(3, "rf"),
+		Strategy: "consistent", Shards: 1 + c.pick(3, "shards"), ReplicationFactor: 1 + c.pick(4, "rf"),
 		Witnesses: []string{WitnessesAuto, WitnessesAuto, WitnessesNone}[c.pick(3, "witnesses")],
 	}
-	nodes := 1 + c.pick(7, "nodes")
+	nodes := 1 + c.pick(8, "nodes")
 	for range nodes {
 		w.join()
 	}
@@ -176,7 +177,7 @@ func (w *world) ring(names []string) *ring.Ring {
 
 func (w *world) join() {
 	name := fmt.Sprintf("n%d", len(w.nodes)+1)
-	w.nodes[name] = &machine{name: name, incarnation: 1, up: true}
+	w.nodes[name] = &machine{name: name, incarnation: 1, up: true, upSince: -excuse - 1}
 	w.members[name] = Member{Name: name, Incarnation: 1, Replica: raft.ServerID(name + "/1")}
 	w.logf("%s joins", name)
 }
