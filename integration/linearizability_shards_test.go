@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -29,33 +30,41 @@ func taggedKeys(shards, tags int) (keys []string) {
 	return keys
 }
 
-// campaign is concurrent clients on a few keys in several shards of a cluster, through all nodes that it has at the
-// beginning.
+// campaign is concurrent clients on a few keys in several shards of a cluster.
 type campaign struct {
 	c       *cluster.Cluster
+	traffic linearizability.Traffic
 	history linearizability.History
+	ctx     context.Context
 	cancel  context.CancelFunc
-	done    chan struct{}
+	group   sync.WaitGroup
 }
 
 // begin starts clients, some for each node.
 func begin(t *testing.T, c *cluster.Cluster, seed uint64, shards int, names ...string) *campaign {
 	t.Helper()
-	traffic := linearizability.Traffic{Keys: taggedKeys(shards, min(4, shards)), Seed: seed, Think: 15 * time.Millisecond, Timeout: 3 * time.Second, Sharded: true}
-	for _, name := range slices.Repeat(names, 3) {
-		traffic.Services = append(traffic.Services, newService(t, c, name))
-	}
-	g := &campaign{c: c, done: make(chan struct{})}
-	var ctx context.Context
-	ctx, g.cancel = context.WithCancel(t.Context())
-	go func() { defer close(g.done); traffic.Run(ctx, &g.history) }()
+	g := &campaign{c: c, traffic: linearizability.Traffic{Keys: taggedKeys(shards, min(4, shards)), Seed: seed,
+		Think: 15 * time.Millisecond, Timeout: 3 * time.Second, Sharded: true}}
+	g.ctx, g.cancel = context.WithCancel(t.Context())
 	t.Cleanup(g.stop)
+	g.through(t, names...)
 	return g
+}
+
+// through starts further clients.
+func (g *campaign) through(t *testing.T, names ...string) {
+	t.Helper()
+	traffic := g.traffic
+	for _, name := range slices.Repeat(names, 3) {
+		traffic.Services = append(traffic.Services, newService(t, g.c, name))
+	}
+	traffic.Seed += uint64(len(g.history.Ops()))
+	g.group.Go(func() { traffic.Run(g.ctx, &g.history) })
 }
 
 func (g *campaign) stop() {
 	g.cancel()
-	<-g.done
+	g.group.Wait()
 }
 
 // end stops the clients and judges what they were told.
