@@ -406,11 +406,70 @@ func TestCheckStopsFaultyPlans(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			rest := regexp.MustCompile(`and wants|come to rest|no leader|the map`)
-			for seed := range uint64(300) {
+			for seed := range uint64(80) {
 				if err := seeded(seed, 60, faults, true); err != nil && !rest.MatchString(firstLine(err)) {
 					t.Fatalf("seed %d: %v", seed, err)
 				}
 			}
 		})
 	}
+}
+
+// The same from seeds: more runs, and longer ones.
+func TestShardsComeToRestFromManySeeds(t *testing.T) {
+	runs := uint64(800)
+	if testing.Short() {
+		runs = 100
+	}
+	for seed := range runs {
+		if err := seeded(seed, 150, faults{}, seed%2 == 0); err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+	}
+}
+
+// steps lets a world go on for a while and returns what was done.
+func (w *world) steps(seconds int) (done []string) {
+	for range seconds {
+		w.tick(1)
+		w.plan()
+		for _, p := range w.pending {
+			done = append(done, strings.TrimSpace(fmt.Sprintf("%s %s %s", p.step.Action, p.step.Role, p.step.Node)))
+			w.carryOut(p)
+		}
+		w.pending = nil
+	}
+	return done
+}
+
+// Two copies on three nodes: when the node of one dies, the witness's node gets a
+// copy and gives up the witness; when it returns, all goes home. While it is only
+// silent nothing moves but the leadership.
+func TestTheStepsOfAFailureAndOfAReturn(t *testing.T) {
+	w := newWorld(scripted{"shards": 0, "rf": 1, "witnesses": 0, "nodes": 2, "winner": 0}, faults{}, true)
+	first, witness := shard.NodeOf(w.shards[0].Founders[0]), shard.NodeOf(w.shards[0].Founders[2])
+	equal := func(when string, got []string, want ...string) {
+		t.Helper()
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: %q, want %q", when, got, want)
+		}
+	}
+	w.steps(5)
+	equal("at rest", w.steps(20))
+	w.crash(w.nodes[first])
+	equal("while it is silent", w.steps(downAfter-1))
+	equal("when it is down", w.steps(20),
+		"create data "+witness, "add learner data "+witness, "promote data "+witness,
+		"remove witness "+witness, "forget witness "+witness)
+	w.restart(w.nodes[first])
+	equal("when it is back", w.steps(20),
+		"create witness "+witness, "add learner witness "+witness, "remove data "+witness, "promote witness "+witness,
+		"forget data "+witness, "transfer data "+first)
+	equal("at home", w.steps(20))
+	w.wipe(w.nodes[first])
+	w.restart(w.nodes[first])
+	equal("when it is back without its disk", w.steps(20),
+		"create data "+first, "add learner data "+first, "remove data "+first, "promote data "+first,
+		"forget data "+first, "transfer data "+first)
+	w.oracleSettled()
 }
