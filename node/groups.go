@@ -175,21 +175,42 @@ func (g *groups) wanted(m *placement.Map) map[placement.ReplicaRef]placement.Sha
 	return wanted
 }
 
+// surplus are the replicas on this node's disk that the map does not have. One
+// that it has as lost stays until its group has replaced it: what is left of it
+// may be all that is left.
+func (g *groups) surplus(m *placement.Map) []placement.ReplicaRef {
+	had := make(map[placement.ReplicaRef]bool)
+	for _, s := range m.Shards {
+		for _, r := range s.Replicas {
+			had[placement.ReplicaRef{Group: s.Group(), ID: r.ID}] = true
+		}
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	var surplus []placement.ReplicaRef
+	for r := range g.onDisk {
+		if !had[r] {
+			surplus = append(surplus, r)
+		}
+	}
+	return surplus
+}
+
 // settle opens what is missing and deletes what is too much.
 func (g *groups) settle(ctx context.Context, m *placement.Map) error {
 	wanted := g.wanted(m)
-	var missing, surplus []placement.ReplicaRef
+	surplus := g.surplus(m)
+	var missing []placement.ReplicaRef
 	g.mu.Lock()
 	for r := range wanted {
 		if g.open[r] == nil && !g.lost[r] {
 			missing = append(missing, r)
 		}
 	}
-	for r := range g.onDisk {
-		if _, ok := wanted[r]; !ok {
-			surplus = append(surplus, r)
-		}
-	}
+	maps.DeleteFunc(g.lost, func(r placement.ReplicaRef, _ bool) bool {
+		_, ok := wanted[r]
+		return !ok
+	})
 	g.mu.Unlock()
 	err := each(missing, func(r placement.ReplicaRef) error { return g.openOne(r, wanted[r]) })
 	if len(surplus) > 0 {
@@ -298,12 +319,8 @@ func (g *groups) deleteSurplus(ctx context.Context, surplus []placement.ReplicaR
 	if err != nil {
 		return fmt.Errorf("read the cluster map to delete %d replicas: %w", len(surplus), err)
 	}
-	wanted := g.wanted(m)
-	surplus = slices.DeleteFunc(surplus, func(r placement.ReplicaRef) bool {
-		_, ok := wanted[r]
-		return ok
-	})
-	return each(surplus, g.deleteOne)
+	now := g.surplus(m)
+	return each(slices.DeleteFunc(surplus, func(r placement.ReplicaRef) bool { return !slices.Contains(now, r) }), g.deleteOne)
 }
 
 func (g *groups) deleteOne(r placement.ReplicaRef) error {
@@ -398,7 +415,9 @@ func (n *Node) openReplicaFiles(cfg shard.Config) (*shard.Replica, error) {
 		if err := n.dir.MarkCreated(cfg.Group, id); err != nil {
 			return nil, err
 		}
-	} else if lost := missing(cfg.Dir, n.cfg.OpenLog == nil); lost != "" {
+	} else if lost, err := missing(cfg.Dir, n.cfg.OpenLog == nil); err != nil {
+		return nil, err
+	} else if lost != "" {
 		return nil, fmt.Errorf("%w: %s is missing or empty: %w", errReplicaLost, lost, used)
 	}
 	replica, err := shard.Open(cfg)

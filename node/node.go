@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"net"
@@ -225,19 +226,22 @@ func (n *Node) placement() *placement.Reconciler {
 }
 
 // missing names a file without which the replica is not itself. bbolt would
-// take an empty one for new.
-func missing(dir string, withLog bool) string {
+// take an empty one for new. One that cannot be looked at may be there.
+func missing(dir string, withLog bool) (string, error) {
 	files := []string{shard.StateFile}
 	if withLog {
 		files = append(files, logFile)
 	}
 	for _, name := range files {
 		path := filepath.Join(dir, name)
-		if info, err := os.Stat(path); err != nil || info.Size() == 0 {
-			return path
+		switch info, err := os.Stat(path); {
+		case errors.Is(err, fs.ErrNotExist), err == nil && info.Size() == 0:
+			return path, nil
+		case err != nil:
+			return "", err
 		}
 	}
-	return ""
+	return "", nil
 }
 
 const logFile = "raft.db"

@@ -1,0 +1,89 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/hashicorp/raft"
+
+	"kvd/node/bootstrap"
+	"kvd/placement"
+	"kvd/shard"
+)
+
+// bareGroups are the groups of a node n1 of which nothing runs.
+func bareGroups(t *testing.T) *groups {
+	t.Helper()
+	cfg := Config{Name: "n1", DataDir: t.TempDir(), Strategy: StrategyConsistent, Shards: 1, ReplicationFactor: 1, NoSync: true}
+	cfg.setDefaults()
+	dir, err := bootstrap.Open(cfg.DataDir, cfg.settings())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = dir.Close() })
+	n := &Node{cfg: cfg, log: cfg.Logger, dir: dir}
+	n.groups = newGroups(n)
+	return n.groups
+}
+
+// A replica whose files are damaged is marked as lost in the map, long before
+// its group has replaced it. What is left of it may be all that is left.
+func TestADamagedReplicasFilesStayUntilItIsForgotten(t *testing.T) {
+	g := bareGroups(t)
+	ref := placement.ReplicaRef{Group: 1, ID: "n1/2"}
+	if err := os.MkdirAll(g.dirOf(ref), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.scan(); err != nil {
+		t.Fatal(err)
+	}
+	with := func(replicas ...placement.Replica) *placement.Map {
+		return &placement.Map{Shards: []placement.Shard{{Founders: []raft.ServerID{ref.ID}, Replicas: replicas}}}
+	}
+	own := g.n.dir.Incarnation()
+	for name, m := range map[string]*placement.Map{
+		"its own": with(placement.Replica{ID: ref.ID, Incarnation: own}),
+		"lost":    with(placement.Replica{ID: ref.ID}),
+	} {
+		if surplus := g.surplus(m); len(surplus) != 0 {
+			t.Errorf("%s: %v would be deleted", name, surplus)
+		}
+	}
+	if surplus := g.surplus(with(placement.Replica{ID: "n2/3", Incarnation: 5})); len(surplus) != 1 {
+		t.Errorf("forgotten: %v would be deleted", surplus)
+	}
+
+	g.lost[ref] = true
+	if err := g.settle(context.Background(), with(placement.Replica{ID: ref.ID})); err != nil {
+		t.Fatal(err)
+	}
+	if lost := g.Lost(); len(lost) != 0 {
+		t.Errorf("reports %v again, which the map has taken notice of", lost)
+	}
+}
+
+// Only files that are certainly not there are lost.
+func TestAReplicaThatCannotBeLookedAtIsNotLost(t *testing.T) {
+	g := bareGroups(t)
+	id := raft.ServerID("n1/2")
+	dir := g.dirOf(placement.ReplicaRef{Group: 1, ID: id})
+	if err := g.n.dir.MarkCreated(1, string(id)); err != nil {
+		t.Fatal(err)
+	}
+	cfg := g.n.replicaConfig(1, id, dir, 0)
+	if _, err := g.n.openReplicaFiles(cfg); !errors.Is(err, errReplicaLost) {
+		t.Errorf("without files: %v", err)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(shard.StateFile, filepath.Join(dir, shard.StateFile)); err != nil { // leads nowhere
+		t.Fatal(err)
+	}
+	if _, err := g.n.openReplicaFiles(cfg); err == nil || errors.Is(err, errReplicaLost) {
+		t.Errorf("with a file that cannot be looked at: %v", err)
+	}
+}
