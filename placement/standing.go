@@ -1,5 +1,7 @@
 package placement
 
+import "github.com/hashicorp/raft"
+
 // standing is one replica as it is.
 type standing struct {
 	id       raft.ServerID
@@ -119,4 +121,3 @@ func keepsFiles(r *standing) bool { return !r.lost }
 func stays(r *standing) bool      { return r.staying && !r.lost }
 
 func but(x *standing) func(*standing) bool { return func(r *standing) bool { return r != x } }
-
