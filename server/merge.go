@@ -204,8 +204,9 @@ func (h *heads) Pop() any {
 }
 
 // rangeOf answers a range from sources that together have all of its keys. The
-// answer is what one state with all of them would give, but for the order, and
-// the choice by a limit, of keys that sort alike.
+// answer is what one state with all of them would give. Only if several sources
+// have keys, the order, and the choice by a limit, of those that sort alike may
+// be another.
 func rangeOf(ctx context.Context, r *pb.RangeRequest, sources []*source, meter *sharedMeter) (*pb.RangeResponse, error) {
 	if sources[0].router.cfg.faults.limitPerShard {
 		r = sameKeys(r)
@@ -213,6 +214,7 @@ func rangeOf(ctx context.Context, r *pb.RangeRequest, sources []*source, meter *
 	}
 	fetch := fsm.FetchLimit(r)
 	var kvs []*mvccpb.KeyValue
+	var sorted bool
 	var err error
 	switch {
 	case r.CountOnly:
@@ -220,14 +222,16 @@ func rangeOf(ctx context.Context, r *pb.RangeRequest, sources []*source, meter *
 	case fetch > 0 && fetch < math.MaxInt64:
 		kvs, err = inOrder(ctx, sources, meter, fetch)
 	case r.Limit > 0 && fetch <= 0 && r.Limit < maxPageKeys:
-		kvs, err = best(ctx, r, sources, meter)
+		kvs, sorted, err = best(ctx, r, sources, meter)
 	default:
 		kvs, err = inOrder(ctx, sources, meter, 0)
 	}
 	if err != nil {
 		return nil, err
 	}
-	fsm.Order(kvs, r)
+	if !sorted {
+		fsm.Order(kvs, r)
+	}
 	resp := &pb.RangeResponse{Header: &pb.ResponseHeader{}}
 	resp.Count = countOf(sources)
 	for _, s := range sources {
@@ -266,29 +270,37 @@ func inOrder(ctx context.Context, sources []*source, meter *sharedMeter, limit i
 }
 
 // best takes what every group has to offer for a limited answer that is not in
-// the order of keys, or filtered. Where that is too much for one message, all
-// of the range is read.
-func best(ctx context.Context, r *pb.RangeRequest, sources []*source, meter *sharedMeter) ([]*mvccpb.KeyValue, error) {
+// the order of keys, or filtered: in the order of keys, or sorted already if
+// only one has something. Where that is too much for one message, all of the
+// range is read.
+func best(ctx context.Context, r *pb.RangeRequest, sources []*source, meter *sharedMeter) (kvs []*mvccpb.KeyValue, sorted bool, err error) {
 	whole := make([]*source, len(sources))
 	for i, s := range sources {
 		copied := *s
 		whole[i] = &copied
 	}
-	err := wholes(ctx, r, whole, meter)
+	err = wholes(ctx, r, whole, meter)
 	if errors.Is(err, errPageFull) {
 		meter.give(sizeOfBuffers(whole))
-		return inOrder(ctx, sources, meter, 0)
+		kvs, err = inOrder(ctx, sources, meter, 0)
+		return kvs, false, err
 	}
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	var kvs []*mvccpb.KeyValue
+	offers := 0
 	for i, s := range whole {
+		if len(s.buffer) > 0 {
+			offers++
+		}
 		kvs = append(kvs, s.buffer...)
 		sources[i].count, sources[i].revision = s.count, s.revision
 	}
+	if offers == 1 {
+		return kvs, true, nil
+	}
 	slices.SortFunc(kvs, func(a, b *mvccpb.KeyValue) int { return bytes.Compare(a.Key, b.Key) })
-	return kvs, nil
+	return kvs, false, nil
 }
 
 // wholes has every group answer the request by itself, with one key more than

@@ -199,6 +199,38 @@ func compareSorted(ctx context.Context, w *world, one *oneStore, r *pb.RangeRequ
 	return nil
 }
 
+// Keys that sort alike have no order of their own, but that of one store where
+// they are of one shard: on nodes with and without it, and in ranges of all.
+func TestKeysOfOneShardThatSortAlike(t *testing.T) {
+	w := newWorld(t, 3, 5, 2, nil)
+	one := newOneStore(w)
+	const keys = 40 // more than an insertion sort sorts
+	for i := range keys {
+		w.put("n1", fmt.Sprintf("{t}%02d", i), fmt.Sprint(i%3))
+	}
+	for _, r := range []*pb.RangeRequest{
+		{Key: []byte("{t}"), RangeEnd: []byte("{t~")},
+		{Key: []byte{0}, RangeEnd: []byte{0}},
+	} {
+		r.SortOrder, r.SortTarget = pb.RangeRequest_DESCEND, pb.RangeRequest_VALUE
+		for _, r.Limit = range []int64{0, 5, keys - 1, keys, keys + 1} {
+			want, err := one.store.RangeAt(t.Context(), fsm.User, r, w.newest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for node := range w.servers {
+				got, err := w.kv(node).Range(t.Context(), proto.CloneOf(r))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !slices.EqualFunc(got.Kvs, want.Kvs, func(a, b *mvccpb.KeyValue) bool { return proto.Equal(a, b) }) || got.More != want.More {
+					t.Errorf("%s: %v\ngot  %v\nwant %v", node, r, got, want)
+				}
+			}
+		}
+	}
+}
+
 // Each planted fault must be what the comparison sees.
 func TestComparisonSeesFaults(t *testing.T) {
 	for name, plant := range map[string]func(*faults){
