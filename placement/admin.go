@@ -125,6 +125,9 @@ func (r *Reconciler) Leave(ctx context.Context, name string, force bool) error {
 	member.Leaving = true
 	c := m.change()
 	c.putMember(member)
+	for _, other := range m.Members { // those that were counted must not leave at the same time
+		c.unchanged(memberKey(other.Name), false)
+	}
 	if err := r.commit(ctx, c); err != nil {
 		return err
 	}

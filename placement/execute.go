@@ -89,7 +89,7 @@ var errStaleStep = errors.New("placement: planned by a former leader")
 // own measurements allow it.
 func (r *Reconciler) obey(ctx context.Context, request stepRequest) (Report, error) {
 	step := request.Step
-	if request.Term < r.cfg.Replica.Leader().Term {
+	if request.Term < r.cfg.Replica.Leader().Term || !r.isLatest(request.Term) {
 		return Report{}, errStaleStep
 	}
 	replica := r.leading(step.Group)
@@ -114,6 +114,20 @@ func (r *Reconciler) obey(ctx context.Context, request stepRequest) (Report, err
 		err = carryOut(ctx, replica, step.Action, step.Replica, step.Prev)
 	}
 	return Report{Node: r.cfg.Node, Incarnation: r.cfg.Incarnation, Groups: []GroupReport{describe(replica)}}, err
+}
+
+// isLatest reports whether no later leader of group 0 than that of the term has
+// asked this node for a step. Its own replica of group 0 may not know that one.
+func (r *Reconciler) isLatest(term uint64) bool {
+	for {
+		latest := r.asked.Load()
+		if term <= latest {
+			return term == latest
+		}
+		if r.asked.CompareAndSwap(latest, term) {
+			return true
+		}
+	}
 }
 
 // leading is this node's replica that leads the group; nil if none does.

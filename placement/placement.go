@@ -212,8 +212,11 @@ func (p *mapPlan) promote() (Step, bool) {
 func (p *mapPlan) removeLost() (Step, bool) {
 	for _, g := range p.group {
 		m, known := p.members[g.Node]
-		if !known || p.current(g) || g.ID == p.Leader {
+		switch {
+		case p.current(g), g.ID == p.Leader, !known && g.Voter:
 			continue // nodes leave by an explicit removal only
+		case !known: // it was on its way in when its node was removed
+			return Step{Remove, g.ID, fmt.Sprintf("%s is no member of the cluster", g.Node)}, true
 		}
 		i := slices.IndexFunc(p.group, func(next shard.Member) bool { return next.ID == m.Replica })
 		if !g.Voter || i >= 0 && (p.group[i].Voter || p.caughtUp(m.Replica)) {

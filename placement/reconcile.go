@@ -80,8 +80,9 @@ type Reconciler struct {
 	wake    chan struct{}       // capacity 1
 	nudged  chan struct{}       // capacity 1
 
-	woken atomic.Bool // since the last plan
-	rest  rest        // the loop's own
+	asked atomic.Uint64 // the latest term of group 0 in which a step was asked of this node
+	woken atomic.Bool   // since the last plan
+	rest  rest          // the loop's own
 
 	mu        sync.Mutex
 	ring      *ring.Ring // of ringNodes
