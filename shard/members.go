@@ -180,13 +180,42 @@ func (r *Replica) change(ctx context.Context, prevIndex uint64, start func(*life
 	var f raft.IndexFuture
 	err := l.await(ctx, func() error {
 		f = start(l, wait)
-		return f.Error()
+		return l.pushed(f.Error, func() { l.raft.Apply(emptyEntry(), 0) })
 	})
 	if err != nil {
 		return 0, fmt.Errorf("shard: change members: %w", err)
 	}
 	return f.Index(), nil
 }
+
+// pushed waits for a change of members and has further entries appended while it
+// does not commit. Raft sends the entry that gives a learner its vote before it
+// counts the learner's answers, and never counts one again: if the learner is
+// faster than the leader's next few lines and its vote is needed, then only the
+// next entry commits the change, and an idle group has none.
+func (l *life) pushed(wait func() error, push func()) error {
+	done := make(chan error, 1)
+	l.tasks.Go(func() { done <- wait() })
+	pause := firstPush
+	for range maxPushes {
+		select {
+		case err := <-done:
+			return err
+		case <-time.After(pause):
+			push()
+			pause *= 2
+		}
+	}
+	return <-done
+}
+
+// A change that has not committed after firstPush is pushed maxPushes times at
+// most, each after twice the pause: more would only fill the log of a group that
+// has lost its quorum.
+const (
+	firstPush = 100 * time.Millisecond
+	maxPushes = 6
+)
 
 // changeWait is how long raft waits at most for an earlier change to commit
 // before it refuses the next one.
