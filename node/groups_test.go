@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/raft"
 
@@ -86,4 +87,34 @@ func TestAReplicaThatCannotBeLookedAtIsNotLost(t *testing.T) {
 	if _, err := g.n.openReplicaFiles(cfg); err == nil || errors.Is(err, errReplicaLost) {
 		t.Errorf("with a file that cannot be looked at: %v", err)
 	}
+}
+
+// A node that comes without its data while its name is still leaving waits, and
+// is then a new member. In the former one's place it would have to leave.
+func TestWhoComesWhileItsNameIsLeavingJoinsAfterwards(t *testing.T) {
+	inTown(t, 3, func(w *town) {
+		w.shards = 2
+		w.start("n1", "n2", "n3")
+		w.awaitReady("n1", "n2", "n3")
+		w.stop("n3")
+		ctx, cancel := context.WithTimeout(w.t.Context(), 2*time.Minute)
+		defer cancel()
+		if err := w.nodes["n1"].Leave(ctx, "n3", false); err != nil {
+			w.t.Error(err)
+			return
+		}
+		cfg := w.config("n3", "n3 again")
+		cfg.Join, cfg.Peers = w.peers["n1"], nil
+		n, err := Start(ctx, cfg)
+		if err != nil {
+			w.t.Error(err)
+			return
+		}
+		w.nodes["n3"] = n
+		w.awaitReady("n3")
+		time.Sleep(2 * time.Minute)
+		if m := n.members(); len(m) != 3 || m[2].Leaving || m[2].Incarnation != n.dir.Incarnation() {
+			w.t.Errorf("members %+v", m)
+		}
+	})
 }

@@ -31,6 +31,7 @@ type town struct {
 	network *transport.MemoryNetwork
 	peers   map[string]string
 	nodes   map[string]*Node
+	shards  int // 0: full
 
 	mu    sync.Mutex
 	fatal map[string]error
@@ -79,7 +80,7 @@ func inTown(t *testing.T, n int, test func(w *town)) {
 
 func (w *town) config(name, dir string) Config {
 	addr := w.peers[name]
-	return Config{
+	cfg := Config{
 		Name: name, DataDir: filepath.Join(w.dir, dir), Peers: w.peers,
 		ListenClient: "none", ListenHTTP: "none", ListenPeer: addr, MinDiskFree: 1, NoSync: true,
 		Network: townNetwork{w.network, w.network.Dialer(addr)},
@@ -90,6 +91,10 @@ func (w *town) config(name, dir string) Config {
 			w.fatal[name] = err
 		},
 	}
+	if w.shards > 0 {
+		cfg.Strategy, cfg.Shards, cfg.ReplicationFactor = StrategyConsistent, w.shards, 2
+	}
+	return cfg
 }
 
 // start starts the named nodes together, each in the directory of its name.

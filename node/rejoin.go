@@ -196,6 +196,8 @@ func (n *Node) admit(ctx context.Context, payload []byte) bootstrap.RejoinRespon
 		}
 	case refusal != nil:
 		return bootstrap.Refuse(refusal)
+	case !already && next.Leaving: // in its place it would have to leave as well
+		return refuse(bootstrap.NotNow, fmt.Sprintf("node %q is leaving the cluster: its name is free when it has left", next.Name))
 	case !already:
 		if next, err = reconciler.Replace(ctx, next, request.Incarnation); err != nil {
 			return refuse(bootstrap.NotNow, err.Error())
