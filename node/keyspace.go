@@ -7,13 +7,26 @@ import (
 )
 
 // keyspace says which group serves which key; it implements server.Groups. In
-// `full` that is group 0.
+// `full` that is group 0. The groups are known from the settings, before the
+// map says where they are: requests that come so early wait.
 type keyspace struct {
 	shards int // 0 in `full`
+	all    []uint64
 	groups *groups
 }
 
 var _ server.Groups = keyspace{}
+
+func newKeyspace(shards int, g *groups) keyspace {
+	k := keyspace{shards: shards, groups: g}
+	for n := range shards {
+		k.all = append(k.all, placement.GroupOf(n))
+	}
+	if shards == 0 {
+		k.all = []uint64{group0}
+	}
+	return k
+}
 
 func (k keyspace) Sharded() bool { return k.shards > 0 }
 
@@ -24,38 +37,28 @@ func (k keyspace) Group(key []byte) uint64 {
 	return placement.GroupOf(ring.ShardOf(key, k.shards))
 }
 
-func (k keyspace) All() []uint64 {
-	if k.shards == 0 {
-		return []uint64{group0}
-	}
-	return k.groups.routes.Load().all
-}
+func (k keyspace) All() []uint64 { return k.all }
 
 func (k keyspace) Nodes(group uint64) []string {
 	if k.shards == 0 {
 		return nil
 	}
-	return k.groups.routes.Load().nodes[group]
+	return (*k.groups.routes.Load())[group]
 }
 
-// routes are where the groups of the key space are, by the map as this node
+// routes are the nodes that hold data of each group, by the map as this node
 // knows it.
-type routes struct {
-	all   []uint64
-	nodes map[uint64][]string
-}
+type routes map[uint64][]string
 
-// routesOf lists the nodes that hold data of each group.
 func routesOf(m *placement.Map) *routes {
-	r := &routes{nodes: make(map[uint64][]string, len(m.Shards))}
+	r := make(routes, len(m.Shards))
 	for _, s := range m.Shards {
-		r.all = append(r.all, s.Group())
 		for _, replica := range s.Replicas {
 			member, known := m.Member(replica.Node())
 			if replica.Role() == placement.Data && known && member.Incarnation == replica.Incarnation {
-				r.nodes[s.Group()] = append(r.nodes[s.Group()], replica.Node())
+				r[s.Group()] = append(r[s.Group()], replica.Node())
 			}
 		}
 	}
-	return r
+	return &r
 }
