@@ -158,7 +158,7 @@ func (n *Node) connect(l *listeners) error {
 		Cluster:      cluster{n},
 		Peers:        n.transport,
 		NotDelivered: notDelivered,
-		Groups:       keyspace{n.cfg.Shards, n.groups},
+		Groups:       newKeyspace(n.cfg.Shards, n.groups),
 		Revisions:    revisions{n},
 		Members:      membership{n},
 		Services:     func(s grpc.ServiceRegistrar) { kvdpb.RegisterAdminServer(s, newAdmin(n)) },
