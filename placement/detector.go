@@ -140,6 +140,32 @@ func (o *observations) look(members []Member, now time.Time) {
 	}
 }
 
+// prune forgets what is known of replicas that the map does not have any more,
+// when they have become many.
+func (o *observations) prune(shards []Shard) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	count := 0
+	for _, s := range shards {
+		count += len(s.Replicas)
+	}
+	if len(o.durable) < 2*count+leastPruned {
+		return
+	}
+	current := make(map[ReplicaRef]uint64)
+	for _, s := range shards {
+		for _, r := range s.Replicas {
+			ref := ReplicaRef{s.Group(), r.ID}
+			if index, ok := o.durable[ref]; ok {
+				current[ref] = index
+			}
+		}
+	}
+	o.durable = current
+}
+
+const leastPruned = 1000
+
 // node judges a member.
 func (o *observations) node(m Member, now time.Time) NodeView {
 	o.mu.Lock()

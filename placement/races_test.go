@@ -71,3 +71,37 @@ func TestALearnerThatIsNoMemberIsRemoved(t *testing.T) {
 		t.Errorf("planned %v, %v", step, ok)
 	}
 }
+
+// The map that a leader remembers of an earlier term may lack a data replica
+// that another leader has added since, and that needs what a witness has.
+func TestNoFloorFollowsFromAMapOfAnEarlierTerm(t *testing.T) {
+	replica := leader(t)
+	r := &Reconciler{cfg: Config{Replica: replica}}
+	term, leads := r.observing()
+	if !leads {
+		t.Fatal("does not lead")
+	}
+	m := &Map{Shards: []Shard{{Replicas: []Replica{{ID: "n1/2", Incarnation: 1}, {ID: "n2/3w", Incarnation: 1}}}}}
+	report := Report{Node: "n1", Incarnation: 1, Groups: []GroupReport{{Group: 1, Replica: "n1/2", Durable: 40}, {Group: 1, Replica: "n2/3w"}}}
+	for _, at := range []uint64{term - 1, term} {
+		r.current.Store(&known{m, at})
+		answer, err := r.accept(report)
+		if want := map[uint64]uint64{term: 40}[at]; err != nil || answer.Floors[1] != want {
+			t.Errorf("in term %d, with a map of term %d: floors %v, %v", term, at, answer.Floors, err)
+		}
+	}
+}
+
+func TestReplicasThatAreNoMoreAreForgotten(t *testing.T) {
+	var o observations
+	o.begin(1)
+	shards := []Shard{{Replicas: []Replica{{ID: "n1/1"}}}}
+	o.durable[ReplicaRef{1, "n1/1"}] = 7
+	for i := range uint64(2 * leastPruned) {
+		o.durable[ReplicaRef{i + 2, "n1/2"}] = i
+	}
+	o.prune(shards)
+	if floor, ok := o.floor(shards[0]); len(o.durable) != 1 || floor != 7 || !ok {
+		t.Errorf("remembers %d, of which one is there at %d", len(o.durable), floor)
+	}
+}

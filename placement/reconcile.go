@@ -76,9 +76,9 @@ type Reconciler struct {
 	cancel  context.CancelFunc
 	tasks   sync.WaitGroup
 	seen    observations
-	current atomic.Pointer[Map] // as the loop has read it last; nil = not yet
-	wake    chan struct{}       // capacity 1
-	nudged  chan struct{}       // capacity 1
+	current atomic.Pointer[known] // as the loop has read it last; nil = not yet
+	wake    chan struct{}         // capacity 1
+	nudged  chan struct{}         // capacity 1
 
 	asked atomic.Uint64 // the latest term of group 0 in which a step was asked of this node
 	woken atomic.Bool   // since the last plan
@@ -90,6 +90,12 @@ type Reconciler struct {
 	groups    map[uint64]*progress
 	probing   map[string]bool // by node
 	running   int             // steps under way
+}
+
+// known is the map as it was read while this node led group 0 in a term.
+type known struct {
+	*Map
+	term uint64
 }
 
 // progress is how a group's steps go on.
@@ -184,7 +190,7 @@ func (r *Reconciler) look(ctx context.Context) (wait time.Duration, err error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
 	defer cancel()
-	m, err := r.load(ctx)
+	m, err := r.load(ctx, term)
 	if err != nil {
 		return wait, err
 	}
@@ -196,6 +202,7 @@ func (r *Reconciler) look(ctx context.Context) (wait time.Duration, err error) {
 		return again, nil
 	}
 	r.seen.look(m.Members, now)
+	r.seen.prune(m.Shards)
 	r.metrics.count(r.seen.states(m.Members, now))
 	if changed, err := r.tend(ctx, m); changed || err != nil {
 		return min(wait, again), err
@@ -238,20 +245,21 @@ func (r *Reconciler) resting(m *Map, now time.Time) bool {
 
 // load reads the map from this node's own state: it serves, so the state has
 // everything that earlier leaders have committed.
-func (r *Reconciler) load(ctx context.Context) (*Map, error) {
+func (r *Reconciler) load(ctx context.Context, term uint64) (*Map, error) {
 	state, release, err := r.cfg.Replica.AcquireState(ctx, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
-	if m := r.current.Load(); m != nil && m.Revision == state.Revision(fsm.System) {
-		return m, nil
+	if k := r.current.Load(); k != nil && k.Revision == state.Revision(fsm.System) {
+		r.current.Store(&known{k.Map, term})
+		return k.Map, nil
 	}
 	m, err := LoadMap(ctx, state)
 	if err != nil {
 		return nil, err
 	}
-	r.current.Store(&m)
+	r.current.Store(&known{&m, term})
 	return &m, nil
 }
 

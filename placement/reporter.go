@@ -143,7 +143,8 @@ func describe(replica *shard.Replica) GroupReport {
 
 // accept takes a report in, on group 0's leader.
 func (r *Reconciler) accept(report Report) (ReportAnswer, error) {
-	if _, leads := r.observing(); !leads {
+	term, leads := r.observing()
+	if !leads {
 		return ReportAnswer{}, shard.ErrNotLeader
 	}
 	if r.seen.accept(report, true, time.Now()) {
@@ -151,7 +152,7 @@ func (r *Reconciler) accept(report Report) (ReportAnswer, error) {
 	}
 	var answer ReportAnswer
 	m := r.current.Load()
-	if m == nil {
+	if m == nil || m.term != term { // another leader may have added replicas since
 		return answer, nil
 	}
 	for _, g := range report.Groups {
