@@ -49,7 +49,7 @@ func TestSingleNodeFailureConsistent(t *testing.T) {
 
 // Test 2: five nodes, three copies, twenty pairs; two nodes fail at once, every two of them.
 func TestMultipleNodeFailuresConsistent(t *testing.T) {
-	c := cluster.Run(t, sharded(5, 8, 3))
+	c := cluster.Run(t, sharded(5, 8, 3, quick...))
 	data := pairs("multiple", 0, 20)
 	write(t, c, "n1", data)
 	names := c.Names()

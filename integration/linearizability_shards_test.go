@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"testing"
@@ -128,7 +129,7 @@ func TestShardsLinearizableUnderFaults(t *testing.T) {
 	until, end := context.WithTimeout(t.Context(), *campaignFlag)
 	defer end()
 	windows, err := nemesis.Run(until, shardedPatient{patient{c}}, nemesis.Config{
-		Seed: seed, Hold: time.Second, Rest: 300 * time.Millisecond, Timeout: cluster.Liveness,
+		Faults: faults(seed), Seed: seed, Hold: time.Second, Rest: 300 * time.Millisecond, Timeout: cluster.Liveness,
 		Now: g.history.Now, Progress: g.progress, Logf: t.Logf,
 	})
 	if err != nil {
@@ -137,6 +138,28 @@ func TestShardsLinearizableUnderFaults(t *testing.T) {
 	g.end(t, windows...)
 	awaitHome(t, c, "n1")
 	sameInEveryShard(t, c)
+}
+
+// faults are all there are in a campaign, and otherwise those that hit the leader of group 0, the end of everybody, and
+// a few of the others.
+func faults(seed uint64) (chosen []nemesis.Fault) {
+	all := nemesis.Faults()
+	if *campaignFlag > 0 {
+		return all
+	}
+	random := rand.New(rand.NewPCG(seed, 1))
+	random.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	others := 3
+	for _, f := range all {
+		switch {
+		case slices.Contains([]string{"kill leader", "pause leader", "cut leader off", "freeze leader out", "kill all"}, f.Name):
+			chosen = append(chosen, f)
+		case others > 0:
+			others--
+			chosen = append(chosen, f)
+		}
+	}
+	return chosen
 }
 
 // sameInEveryShard checks that what all nodes answer for all shards together is the same (invariant I4).
