@@ -216,15 +216,19 @@ func (s *kv) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error)
 	if err := checkTxn(r, s.router.cfg.MaxTxnOps); err != nil {
 		return nil, err
 	}
-	group, err := s.router.groupOfTxn(r)
+	group, none, err := s.router.groupOfTxn(r)
 	if err != nil {
 		return nil, err
 	}
-	run := s.writeTxn
-	if isReadOnly(r) {
-		run = s.readTxn
+	var resp *pb.TxnResponse
+	switch {
+	case none:
+		resp, err = s.txnOfNothing(ctx, r)
+	case isReadOnly(r):
+		resp, err = s.readTxn(ctx, group, r)
+	default:
+		resp, err = s.writeTxn(ctx, group, r)
 	}
-	resp, err := run(ctx, group, r)
 	if err != nil {
 		return nil, err
 	}

@@ -408,6 +408,25 @@ func TestTransactionsAcrossShards(t *testing.T) {
 	}
 }
 
+// What no shard has to do with is answered at the newest revision of all.
+func TestTransactionOfNothing(t *testing.T) {
+	w := newWorld(t, 3, 5, 2, nil)
+	nothing := &pb.TxnRequest{Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestTxn{RequestTxn: &pb.TxnRequest{}}}}}
+	for _, node := range w.nodes {
+		for group := range w.shards {
+			newest := w.put(node, w.keyIn(group, "k"), "v").Header.Revision
+			resp, err := w.kv(node).Txn(t.Context(), &pb.TxnRequest{})
+			if err != nil || !resp.Succeeded || len(resp.Responses) != 0 || resp.Header.Revision != newest || resp.Header.ClusterId == 0 {
+				t.Errorf("%v, %v", resp, err)
+			}
+			resp, err = w.kv(node).Txn(t.Context(), nothing)
+			if err != nil || !resp.Responses[0].GetResponseTxn().Succeeded || resp.Header.Revision != newest {
+				t.Errorf("%v, %v", resp, err)
+			}
+		}
+	}
+}
+
 // Transactions that read at revisions see all of them, wherever they are asked.
 func TestReadTransactionAtRevisions(t *testing.T) {
 	w := newWorld(t, 3, 5, 2, nil)

@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"strings"
 
@@ -58,23 +59,47 @@ func after(key []byte) []byte { return append(bytes.Clone(key), 0) }
 // shardNumber is what people call a group.
 func shardNumber(group uint64) uint64 { return group - 1 }
 
-// groupOfTxn is the group of all keys of a transaction.
-func (r *router) groupOfTxn(t *pb.TxnRequest) (uint64, error) {
+// groupOfTxn is the group of all keys of a transaction; none is true if it is
+// sharded and the transaction has no keys at all.
+func (r *router) groupOfTxn(t *pb.TxnRequest) (group uint64, none bool, err error) {
 	if !r.sharded {
-		return userGroup, nil
+		return userGroup, false, nil
 	}
 	if len(r.cfg.Groups.All()) == 0 {
-		return 0, notJoined()
+		return 0, false, notJoined()
 	}
 	k := txnKeys{router: r}
 	k.txn(t)
 	switch {
 	case len(k.groups) > 1 || k.spanning != "":
-		return 0, k.refusal()
-	case len(k.groups) == 0: // no keys at all
-		return r.cfg.Groups.All()[0], nil
+		return 0, false, k.refusal()
+	case len(k.groups) == 0:
+		return 0, true, nil
 	}
-	return k.groups[0], nil
+	return k.groups[0], false, nil
+}
+
+// txnOfNothing answers a transaction without keys. It says no more than what
+// the newest revision is, which no shard knows.
+func (s *kv) txnOfNothing(ctx context.Context, t *pb.TxnRequest) (*pb.TxnResponse, error) {
+	newest, err := s.router.latest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	resp := succeeded(t)
+	resp.Header.Revision = newest
+	return resp, nil
+}
+
+// succeeded is the answer to a transaction of nothing but nested ones.
+func succeeded(t *pb.TxnRequest) *pb.TxnResponse {
+	resp := &pb.TxnResponse{Header: &pb.ResponseHeader{}, Succeeded: true}
+	for _, op := range t.Success {
+		resp.Responses = append(resp.Responses, &pb.ResponseOp{
+			Response: &pb.ResponseOp_ResponseTxn{ResponseTxn: succeeded(op.GetRequestTxn())},
+		})
+	}
+	return resp
 }
 
 // txnKeys collects the groups of a transaction, and a key of each, as far as a
