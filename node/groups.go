@@ -333,7 +333,10 @@ func (g *groups) deleteOne(r placement.ReplicaRef) error {
 	if replica != nil {
 		err = replica.Close()
 	}
-	if err := errors.Join(err, os.RemoveAll(g.dirOf(r))); err != nil {
+	if err = errors.Join(err, os.RemoveAll(g.dirOf(r))); err == nil {
+		err = g.n.dir.MarkDeleted(r.Group, string(r.ID))
+	}
+	if err != nil {
 		return fmt.Errorf("delete replica %s of group %d: %w", r.ID, r.Group, err)
 	}
 	_ = os.Remove(filepath.Dir(g.dirOf(r))) // if it is the last one of its group
@@ -417,6 +420,8 @@ func (n *Node) openReplicaFiles(cfg shard.Config) (*shard.Replica, error) {
 		}
 	} else if lost, err := missing(cfg.Dir, n.cfg.OpenLog == nil); err != nil {
 		return nil, err
+	} else if lost != "" && cfg.Group != group0 { // what is to be done about used is for group 0 alone
+		return nil, fmt.Errorf("%w: %s is missing or empty", errReplicaLost, lost)
 	} else if lost != "" {
 		return nil, fmt.Errorf("%w: %s is missing or empty: %w", errReplicaLost, lost, used)
 	}

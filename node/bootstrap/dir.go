@@ -67,6 +67,18 @@ func (id identity) validate() error {
 type Replica struct {
 	Group uint64 `json:"group,string"`
 	ID    string `json:"id"`
+	// Through: it has been deleted. It stands for all replicas of the group with lower numbers, too.
+	Through bool `json:"through,omitempty"`
+}
+
+func (r Replica) number() uint64 {
+	_, n, _ := ParseReplicaID(r.ID) // 0 if it is none
+	return n
+}
+
+// covers reports whether the entry says that a replica has been opened.
+func (r Replica) covers(other Replica) bool {
+	return r.Group == other.Group && (r.ID == other.ID || r.Through && other.number() <= r.number())
 }
 
 // Dir is a node's data directory, locked from Open until Close. Its methods may be called concurrently. What a
@@ -387,11 +399,16 @@ func (d *Dir) rejoin(clusterID uint64, replica string, r *Record) error {
 func (d *Dir) MayCreate(group uint64, id string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if slices.Contains(d.replicas, Replica{group, id}) {
+	if d.used(Replica{Group: group, ID: id}) {
 		return fmt.Errorf("data directory %s: %w: %s of group %d was opened before, but its files are missing: delete the directory's contents so that the node rejoins its cluster with an empty one",
 			d.path, ErrReplicaUsed, id, group)
 	}
 	return nil
+}
+
+// used reports whether the replica was opened. d.mu is held.
+func (d *Dir) used(r Replica) bool {
+	return slices.ContainsFunc(d.replicas, func(known Replica) bool { return known.covers(r) })
 }
 
 // MarkCreated notes durably that the replica's files exist and may be in use from now on. Idempotent.
@@ -400,20 +417,38 @@ func (d *Dir) MarkCreated(group uint64, id string) error {
 		return err
 	}
 	return d.change(func() error {
-		r := Replica{group, id}
-		if slices.Contains(d.replicas, r) {
+		r := Replica{Group: group, ID: id}
+		if d.used(r) {
 			return nil
 		}
-		next := append(slices.Clone(d.replicas), r)
-		if err := d.files.write(replicasFile, next); err != nil {
-			return d.in(err)
-		}
-		d.replicas = next
-		return nil
+		return d.setReplicas(append(slices.Clone(d.replicas), r))
 	})
 }
 
-// Replicas lists every replica ever opened on this node, in that order.
+// MarkDeleted notes that the replica's files were deleted, so that the list does not grow for ever: of each group it
+// keeps the highest number that was deleted. Those below count as opened, because a group's replicas get their numbers
+// in the order in which they are made; one that was not opened yet will be taken for lost, and replaced. Idempotent.
+func (d *Dir) MarkDeleted(group uint64, id string) error {
+	return d.change(func() error {
+		r := Replica{Group: group, ID: id, Through: true}
+		if !d.used(r) || slices.ContainsFunc(d.replicas, func(known Replica) bool { return known.Through && known.covers(r) }) {
+			return nil
+		}
+		next := slices.DeleteFunc(slices.Clone(d.replicas), r.covers)
+		return d.setReplicas(append(next, r))
+	})
+}
+
+// setReplicas writes the list. d.mu is held.
+func (d *Dir) setReplicas(next []Replica) error {
+	if err := d.files.write(replicasFile, next); err != nil {
+		return d.in(err)
+	}
+	d.replicas = next
+	return nil
+}
+
+// Replicas lists what says which replicas were ever opened on this node.
 func (d *Dir) Replicas() []Replica {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -64,7 +64,7 @@ func TestDirKeepsWhatItIsTold(t *testing.T) {
 	if id.Incarnation != first || id.ClusterID != 77 || id.Replica != "n2/1" || kept == nil || !kept.equal(record) {
 		t.Fatalf("kept %+v %+v", id, kept)
 	}
-	if want := []Replica{{0, "n2/1"}, {3, "n2/1"}}; !slices.Equal(d.Replicas(), want) {
+	if want := []Replica{{Group: 0, ID: "n2/1"}, {Group: 3, ID: "n2/1"}}; !slices.Equal(d.Replicas(), want) {
 		t.Fatalf("replicas %v", d.Replicas())
 	}
 	if err := d.MayCreate(3, "n2/1"); !errors.Is(err, ErrReplicaUsed) {
@@ -303,6 +303,7 @@ func TestDirSurvivesACrashAtEveryStep(t *testing.T) {
 		"hold and finish":  {keep, finish, threeNodes("n2"), func(d *Dir) bool { return d.id.ClusterID == 77 && d.record.Names("n2", d.Incarnation()) }},
 		"abandon":          {hold, func(d *Dir) error { return d.abandon() }, threeNodes("n2"), func(d *Dir) bool { return d.id.ClusterID == 0 && d.record == nil }},
 		"rejoin":           {keep, rejoin, threeNodes("n2"), func(d *Dir) bool { return d.id.Replica == "n2/2" && d.record.ClusterID == 77 }},
+		"forget a replica": {func(d *Dir) error { return errors.Join(finish(d), d.MarkCreated(5, "n2/4")) }, func(d *Dir) error { return d.MarkDeleted(5, "n2/4") }, threeNodes("n2"), func(d *Dir) bool { return d.MayCreate(5, "n2/4") != nil && d.Replicas()[0].Through }},
 		"mark a replica":   {finish, func(d *Dir) error { return d.MarkCreated(0, "n2/1") }, threeNodes("n2"), func(d *Dir) bool { return d.MayCreate(0, "n2/1") != nil }},
 		"changed settings": {keep, keep, changed, func(d *Dir) bool { return d.id.Token == "changed" }},
 	} {
@@ -387,6 +388,49 @@ func TestSettingsValidate(t *testing.T) {
 	}
 	good := Settings{Name: "n1", Common: Common{Strategy: "full"}, Peers: map[string]string{"n1": "a:1", "n2": "b:1"}}
 	if err := good.Validate(); err != nil {
+		t.Error(err)
+	}
+}
+
+// However many replicas a node has had, the list is no longer than the groups
+// and what is open, and nothing on it is ever made afresh.
+func TestReplicasThatWereDeletedAreRemembered(t *testing.T) {
+	d := mustOpen(t, t.TempDir(), threeNodes("n2"))
+	defer d.Close()
+	mark := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	used := func(group uint64, id string) {
+		t.Helper()
+		if err := d.MayCreate(group, id); !errors.Is(err, ErrReplicaUsed) {
+			t.Errorf("%s of group %d may be made again: %v", id, group, err)
+		}
+	}
+	mark(d.MarkCreated(9, "n2/3"))
+	for number := range uint64(50) {
+		id := ReplicaID("n2", number+10)
+		mark(d.MarkCreated(7, id))
+		mark(d.MarkCreated(7, id+"w"))
+		mark(d.MarkDeleted(7, id+"w"))
+		used(7, id)
+		used(7, id+"w")
+		if number%10 > 0 { // others are open for longer
+			mark(d.MarkDeleted(7, id))
+			mark(d.MarkDeleted(7, id))
+		}
+	}
+	if n := len(d.Replicas()); n != 2 {
+		t.Errorf("lists %v", d.Replicas())
+	}
+	mark(d.MarkDeleted(8, "n2/99"))
+	mark(d.MarkDeleted(7, "n2/99"))
+	mark(d.MarkDeleted(7, "lost+found"))
+	used(9, "n2/3")
+	used(7, "n2/1")
+	if err := errors.Join(d.MayCreate(7, "n2/60"), d.MayCreate(8, "n2/4"), d.MayCreate(9, "n2/2")); err != nil {
 		t.Error(err)
 	}
 }
