@@ -65,11 +65,11 @@ func (m *machine) apply(entry *raft.Log) ([]fsm.Result, error) {
 	store := m.l.state.store
 	switch entry.Type {
 	case raft.LogCommand:
-		data := entry.Data
 		if m.l.r.cfg.Faults.WitnessServes && IsWitness(m.l.r.cfg.Replica) {
-			data = emptyEntry()
+			_, err := store.Apply(entry.Index, entry.Term, emptyEntry())
+			return nil, err // writes here have an unknown outcome
 		}
-		return store.Apply(entry.Index, entry.Term, data)
+		return store.Apply(entry.Index, entry.Term, entry.Data)
 	case raft.LogConfiguration:
 		return nil, store.ApplyConfiguration(entry.Index, entry.Term, raft.DecodeConfiguration(entry.Data))
 	default:

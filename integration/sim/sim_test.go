@@ -257,6 +257,7 @@ func TestPlantedFaultsAreCaught(t *testing.T) {
 		"reads without confirmation": full(shard.Faults{ReadWithoutConfirmation: true}),
 		"acknowledged before commit": full(shard.Faults{AcknowledgeBeforeCommit: true}),
 		// One that was cut off answers as if nobody else did.
+		"a witness answers reads":                        sharded(shard.Faults{WitnessServes: true}),
 		"a shard is served by its old and its new owner": sharded(shard.Faults{ReadWithoutConfirmation: true}),
 	} {
 		t.Run(name, func(t *testing.T) {
