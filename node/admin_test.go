@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -154,4 +156,18 @@ func TestAdminErrors(t *testing.T) {
 	if text := adminError(fmt.Errorf("%w: n9", placement.ErrUnknownMember)).Error(); !strings.HasSuffix(text, "desc = kvd: no such member: n9") {
 		t.Error(text)
 	}
+}
+
+// A caller hears why nobody answers before its own patience ends.
+func TestAdministrationSaysInTimeThatNobodyAnswers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, patience := range []time.Duration{time.Second, adminPatience, time.Hour} {
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			_, err := new(Node).overview(ctx)
+			if s := status.Convert(err); ctx.Err() != nil || s.Code() != codes.Unavailable || !strings.Contains(s.Message(), "group 0, which has the cluster map, does not answer: this node is starting") {
+				t.Errorf("patience %v (%v): %v", patience, ctx.Err(), err)
+			}
+		}
+	})
 }

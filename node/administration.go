@@ -96,7 +96,11 @@ func (n *Node) administer(ctx context.Context, request adminRequest) adminAnswer
 // onLeader has group 0's leader do it, and waits for there to be one. What it
 // does may be done twice.
 func (n *Node) onLeader(ctx context.Context, request adminRequest) (adminAnswer, error) {
-	ctx, cancel := context.WithTimeout(ctx, adminPatience)
+	patience := adminPatience
+	if end, ok := ctx.Deadline(); ok {
+		patience = min(patience, time.Until(end)*4/5) // the caller is to hear the reason
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	payload, err := json.Marshal(request)
 	if err != nil {

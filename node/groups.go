@@ -212,7 +212,7 @@ func (g *groups) settle(ctx context.Context, m *placement.Map) error {
 		return !ok
 	})
 	g.mu.Unlock()
-	err := each(missing, func(r placement.ReplicaRef) error { return g.openOne(r, wanted[r]) })
+	err := each(ctx, missing, func(r placement.ReplicaRef) error { return g.openOne(r, wanted[r]) })
 	if len(surplus) > 0 {
 		err = errors.Join(err, g.deleteSurplus(ctx, surplus))
 	}
@@ -225,8 +225,9 @@ func (g *groups) settle(ctx context.Context, m *placement.Map) error {
 	return err
 }
 
-// each runs f for all, a few at a time, and joins the errors.
-func each(all []placement.ReplicaRef, f func(placement.ReplicaRef) error) error {
+// each runs f for all, a few at a time, and joins the errors. When ctx ends, it
+// begins no more of them.
+func each(ctx context.Context, all []placement.ReplicaRef, f func(placement.ReplicaRef) error) error {
 	slices.SortFunc(all, func(a, b placement.ReplicaRef) int {
 		return cmp.Or(cmp.Compare(a.Group, b.Group), cmp.Compare(a.ID, b.ID))
 	})
@@ -238,6 +239,9 @@ func each(all []placement.ReplicaRef, f func(placement.ReplicaRef) error) error 
 	)
 	for _, r := range all {
 		slots <- struct{}{}
+		if ctx.Err() != nil {
+			break
+		}
 		tasks.Go(func() {
 			defer func() { <-slots }()
 			if err := f(r); err != nil {
@@ -320,7 +324,7 @@ func (g *groups) deleteSurplus(ctx context.Context, surplus []placement.ReplicaR
 		return fmt.Errorf("read the cluster map to delete %d replicas: %w", len(surplus), err)
 	}
 	now := g.surplus(m)
-	return each(slices.DeleteFunc(surplus, func(r placement.ReplicaRef) bool { return !slices.Contains(now, r) }), g.deleteOne)
+	return each(ctx, slices.DeleteFunc(surplus, func(r placement.ReplicaRef) bool { return !slices.Contains(now, r) }), g.deleteOne)
 }
 
 func (g *groups) deleteOne(r placement.ReplicaRef) error {
@@ -397,7 +401,7 @@ func (g *groups) close() error {
 	open := g.open
 	g.open = nil
 	g.mu.Unlock()
-	return each(slices.Collect(maps.Keys(open)), func(r placement.ReplicaRef) error { return open[r].Close() })
+	return each(context.Background(), slices.Collect(maps.Keys(open)), func(r placement.ReplicaRef) error { return open[r].Close() })
 }
 
 // errReplicaLost: the replica's files are gone or damaged.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -75,8 +76,8 @@ func TestAReplicaThatCannotBeLookedAtIsNotLost(t *testing.T) {
 		t.Fatal(err)
 	}
 	cfg := g.n.replicaConfig(1, id, dir, 0)
-	if _, err := g.n.openReplicaFiles(cfg); !errors.Is(err, errReplicaLost) {
-		t.Errorf("without files: %v", err)
+	if _, err := g.n.openReplicaFiles(cfg); !errors.Is(err, errReplicaLost) || strings.Contains(err.Error(), "delete the directory") {
+		t.Errorf("without files, which are made anew elsewhere: %v", err)
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)
@@ -117,4 +118,19 @@ func TestWhoComesWhileItsNameIsLeavingJoinsAfterwards(t *testing.T) {
 			w.t.Errorf("members %+v", m)
 		}
 	})
+}
+
+// A node that closes while it opens hundreds of replicas does not open them all.
+func TestNothingIsBegunAfterTheEnd(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var begun atomic.Int32
+	err := each(ctx, make([]placement.ReplicaRef, 1000), func(placement.ReplicaRef) error {
+		begun.Add(1)
+		cancel()
+		return nil
+	})
+	if n := begun.Load(); n > maxOpenings || !errors.Is(err, context.Canceled) {
+		t.Errorf("%d were begun: %v", n, err)
+	}
 }

@@ -97,11 +97,18 @@ func (e *explainer) node(m Member, shards []ShardOverview) NodeOverview {
 	switch {
 	case !m.Leaving:
 	case len(left) > 0:
-		n.Waits = fmt.Sprintf("%s still has replicas of %d shards: %s", m.Name, len(left), some(left))
+		n.Waits = fmt.Sprintf("%s still has replicas of %s: %s", m.Name, counted(len(left), "shard"), some(left))
 	default:
 		n.Waits = fmt.Sprintf("%s has no shards any more: its place in group 0 is being taken away", m.Name)
 	}
 	return n
+}
+
+func counted(n int, noun string) string {
+	if n != 1 {
+		noun += "s"
+	}
+	return fmt.Sprint(n, " ", noun)
 }
 
 // some names the first few of a list.

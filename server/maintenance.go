@@ -88,7 +88,7 @@ func (s *maintenance) Status(ctx context.Context, _ *pb.StatusRequest) (*pb.Stat
 		resp.Errors = append(resp.Errors, rpctypes.ErrorDesc(rpctypes.ErrGRPCNoLeader))
 	}
 	if leaderless > 0 {
-		resp.Errors = append(resp.Errors, fmt.Sprintf("kvd: %d shards of this node have no leader", leaderless))
+		resp.Errors = append(resp.Errors, fmt.Sprintf("kvd: shards of this node have no leader: %d", leaderless))
 	}
 	return resp, nil
 }

@@ -296,7 +296,7 @@ func TestStatusOfShards(t *testing.T) {
 		t.Errorf("size %d, want %d", resp.DbSize, sum)
 	}
 	w.shards[1].elect("")
-	if resp, err = m.Status(t.Context(), &pb.StatusRequest{}); err != nil || len(resp.Errors) != 1 || !strings.Contains(resp.Errors[0], "1 shards of this node have no leader") {
+	if resp, err = m.Status(t.Context(), &pb.StatusRequest{}); err != nil || len(resp.Errors) != 1 || !strings.Contains(resp.Errors[0], "shards of this node have no leader: 1") {
 		t.Errorf("%v, %v", resp, err)
 	}
 	if _, err := m.Defragment(t.Context(), &pb.DefragmentRequest{}); err != nil {

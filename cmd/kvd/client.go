@@ -184,7 +184,7 @@ func (o *clientOptions) probe(ctx context.Context, endpoint string) string {
 	defer conn.Close()
 	cfg, err := o.config(endpoint)
 	if err != nil || (cfg.TLS == nil && !strings.HasPrefix(endpoint, "https:")) {
-		return "does not answer in plain text; if it wants TLS, give --cacert"
+		return "accepts connections, but does not answer: it is starting (its log says what it waits for), or it wants TLS (--cacert)"
 	}
 	if cfg.TLS == nil {
 		cfg.TLS = new(tls.Config)

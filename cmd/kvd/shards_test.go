@@ -25,7 +25,7 @@ func testView() *kvdpb.ShardsResponse {
 		Nodes: []*kvdpb.Node{
 			{Name: "n1", State: "alive", Weight: 1, Shards: 3, Leaders: 2, DiskFree: 5_000_000_000},
 			{Name: "n2", State: "suspect", Weight: 0.5, Shards: 1},
-			{Name: "n3", State: "down", Weight: 1, Shards: 1, Waits: "n3 still has replicas of 1 shards: 1"},
+			{Name: "n3", State: "down", Weight: 1, Shards: 1, Waits: "n3 still has replicas of 1 shard: 1"},
 		},
 		Shards: []*kvdpb.Shard{
 			{
@@ -184,7 +184,7 @@ NODE  ENDPOINT         ROLE    STATE  SHARDS  LEADS  WEIGHT  REVISION  DB SIZE  
 n1    127.0.0.1:PORTS  leader  alive  3       2      1       7         20 kB    5.0 GB     ok
 
 2 shards with 2 copies of each key: 1 ok, 1 moving. One more node failure stops some of them.
-n3 still has replicas of 1 shards: 1.
+n3 still has replicas of 1 shard: 1.
 `, "127.0.0.1:PORTS", f.addr), "status", "--endpoints", f.addr)
 	if _, out, _ := kvd(t, "", "status", "-w", "json", "--endpoints", f.addr); !strings.Contains(out, `"Node":{"name":"n1","state":"alive","weight":1,"shards":3,"leaders":2,"disk_free":5000000000}`) {
 		t.Errorf("status -w json printed %s", out)
