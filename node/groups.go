@@ -252,7 +252,7 @@ func each(ctx context.Context, all []placement.ReplicaRef, f func(placement.Repl
 		})
 	}
 	tasks.Wait()
-	return errors.Join(errs...)
+	return errors.Join(append(errs, ctx.Err())...)
 }
 
 // What each of hundreds of shards may use of what they share. Their states need
