@@ -577,7 +577,11 @@ func TestShardsOutliveNodes(t *testing.T) {
 						t.Log(c.events)
 					}
 				}()
-				for range 8 {
+				rounds := 8
+				if testing.Short() {
+					rounds = 2
+				}
+				for range rounds {
 					c.await(3*time.Minute, "rest", home)
 					for range kind.away {
 						c.leave()

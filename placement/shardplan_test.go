@@ -406,7 +406,11 @@ func TestCheckStopsFaultyPlans(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			rest := regexp.MustCompile(`and wants|come to rest|no leader|the map`)
-			for seed := range uint64(80) {
+			runs := uint64(80)
+			if testing.Short() {
+				runs = 20
+			}
+			for seed := range runs {
 				if err := seeded(seed, 60, faults, true); err != nil && !rest.MatchString(firstLine(err)) {
 					t.Fatalf("seed %d: %v", seed, err)
 				}

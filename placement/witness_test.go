@@ -9,7 +9,11 @@ import (
 )
 
 func TestShardsWithWitnessesAreRebuiltAndGoHome(t *testing.T) {
-	for _, kind := range []struct{ nodes, replicas int }{{3, 2}, {4, 2}, {5, 2}, {5, 3}, {6, 3}} {
+	kinds := []struct{ nodes, replicas int }{{3, 2}, {4, 2}, {5, 2}, {5, 3}, {6, 3}}
+	if testing.Short() {
+		kinds = kinds[:2]
+	}
+	for _, kind := range kinds {
 		t.Run(fmt.Sprintf("%d copies on %d nodes", kind.replicas, kind.nodes), func(t *testing.T) {
 			rebuildAndGoHome(t, kind.nodes, kind.replicas, WitnessesAuto)
 		})

@@ -404,7 +404,10 @@ func TestGroupCloseFreesWaiters(t *testing.T) {
 
 func TestLargeAppendIsFragmented(t *testing.T) {
 	onBothNetworks(t, func(t *testing.T, net *testNet) {
-		wide := func(c *Config) { c.MaxAppendBytes = c.MaxMessageBytes }
+		wide := func(c *Config) {
+			c.MaxAppendBytes = c.MaxMessageBytes
+			c.RPCTimeout, c.HeartbeatTimeout = time.Minute, time.Minute // a busy machine takes its time
+		}
 		a := net.start("a", func(c *Config) { c.MaxMessageBytes = 100 << 20; wide(c) })
 		b := net.start("b", func(c *Config) { c.MaxMessageBytes = 100 << 20; wide(c) })
 		ga, gb := mustGroup(t, a, 1, "a/1"), mustGroup(t, b, 1, "b/1")

@@ -493,8 +493,12 @@ func (h *history) summary() string {
 // Writes, reads and snapshots over three shards stay strictly serializable, and
 // revisions in the order of real time, whoever leads what.
 func TestHistoriesAreStrictlySerializable(t *testing.T) {
+	duration := time.Minute
+	if testing.Short() {
+		duration = 5 * time.Second
+	}
 	for seed := *seedFlag; seed < *seedFlag+*seedsFlag; seed++ {
-		if err := campaign(t, seed, time.Minute, &cluster{groups: 3, window: 20_000}); err != nil {
+		if err := campaign(t, seed, duration, &cluster{groups: 3, window: 20_000}); err != nil {
 			t.Errorf("seed %d: %v", seed, err)
 		}
 	}
@@ -502,6 +506,9 @@ func TestHistoriesAreStrictlySerializable(t *testing.T) {
 
 // The same clients see what each of these faults does.
 func TestHistoriesShowPlantedFaults(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes half a minute: runs without -short")
+	}
 	for name, plant := range map[string]func(*cluster){
 		"floors without confirmed leadership":     func(c *cluster) { c.faults.WithoutConfirmation = true },
 		"reads that do not wait for floors":       func(c *cluster) { c.shard.ReadBeforeReserved = true },
