@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -45,9 +46,23 @@ func (n *Node) learn(p transport.Peer) {
 	if id := n.dir.ClusterID(); id == 0 || p.ClusterID != id || p.Node == n.cfg.Name {
 		return
 	}
-	err := n.book.Announce(p.Node, bootstrap.Addresses{Peer: p.PeerAddr, Client: p.ClientAddr, HTTP: p.HTTPAddr})
+	n.announce(p.Node, bootstrap.Addresses{Peer: p.PeerAddr, Client: p.ClientAddr, HTTP: p.HTTPAddr})
+}
+
+// announce writes a node's addresses into the book, in the place of nodes that
+// have left if need be.
+func (n *Node) announce(name string, addresses bootstrap.Addresses) {
+	err := n.book.Announce(name, addresses)
+	if errors.Is(err, bootstrap.ErrBookFull) {
+		if members := n.members(); len(members) > 0 {
+			n.book.Retain(func(name string) bool {
+				return slices.ContainsFunc(members, func(m placement.Member) bool { return m.Name == name })
+			})
+			err = n.book.Announce(name, addresses)
+		}
+	}
 	if err != nil {
-		n.log.Warn("ignoring a node's announcement", "node", p.Node, "error", err)
+		n.log.Warn("ignoring a node's addresses", "node", name, "error", err)
 	}
 }
 

@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +16,7 @@ import (
 	"kvd/node/bootstrap"
 	"kvd/placement"
 	"kvd/shard"
+	"kvd/transport"
 )
 
 // bareGroups are the groups of a node n1 of which nothing runs.
@@ -134,4 +136,28 @@ func TestNothingIsBegunAfterTheEnd(t *testing.T) {
 	if n := begun.Load(); n > maxOpenings || !errors.Is(err, context.Canceled) {
 		t.Errorf("%d were begun: %v", n, err)
 	}
+}
+
+// However many nodes have come and gone, those that come are found.
+func TestNodesThatHaveLeftTakeNoRoomInTheBook(t *testing.T) {
+	inTown(t, 2, func(w *town) {
+		w.start("n1", "n2")
+		w.awaitReady("n1", "n2")
+		n := w.nodes["n1"]
+		time.Sleep(10 * time.Second) // the map is written
+		for i := range 2 * bootstrap.MaxMembers {
+			name := fmt.Sprintf("node%d", i)
+			n.learn(transport.Peer{ClusterID: n.dir.ClusterID(), Node: name, PeerAddr: name + ":1"})
+			if addr, ok := n.resolve(name); !ok || addr != name+":1" {
+				w.t.Errorf("%s is at %q", name, addr)
+				return
+			}
+		}
+		if known := n.book.Lookup("n2"); known.Peer != "n2:1" {
+			w.t.Errorf("a member is at %+v", known)
+		}
+		if known := n.addressesOf(n.members()); len(known) != 2 {
+			w.t.Errorf("one that joins is told of %v", known)
+		}
+	})
 }

@@ -96,15 +96,19 @@ func (n *Node) announceAll(known map[string]bootstrap.Addresses) {
 		if name == n.cfg.Name {
 			continue
 		}
-		if err := n.book.Announce(name, addresses); err != nil {
-			n.log.Warn("ignoring a node's address", "node", name, "error", err)
-		}
+		n.announce(name, addresses)
 	}
 }
 
-// knownAddresses is the address book, and this node's own.
-func (n *Node) knownAddresses() map[string]bootstrap.Addresses {
-	known := n.book.All()
+// addressesOf are those of members, as far as the book has them, and this node's
+// own.
+func (n *Node) addressesOf(members []placement.Member) map[string]bootstrap.Addresses {
+	known := make(map[string]bootstrap.Addresses, len(members))
+	for _, m := range members {
+		if addresses := n.book.Lookup(m.Name); addresses != (bootstrap.Addresses{}) {
+			known[m.Name] = addresses
+		}
+	}
 	known[n.cfg.Name] = bootstrap.Addresses{Peer: n.cfg.AdvertisePeer, Client: n.cfg.AdvertiseClient, HTTP: n.cfg.ListenHTTP}
 	return known
 }
@@ -190,6 +194,8 @@ func (n *Node) admit(ctx context.Context, payload []byte) bootstrap.RejoinRespon
 	old, already, refusal := judge.Judge(request)
 	next := current[old.Name]
 	switch {
+	case refusal != nil && refusal.Reason == bootstrap.UnknownName && request.Join && len(members) >= bootstrap.MaxMembers:
+		return refuse(bootstrap.NotNow, fmt.Sprintf("the cluster has %d members, as many as it may", len(members)))
 	case refusal != nil && refusal.Reason == bootstrap.UnknownName && request.Join:
 		if next, _, err = reconciler.Join(ctx, request.Name, request.Incarnation, request.Weight); err != nil {
 			return refuse(bootstrap.NotNow, err.Error())
@@ -204,7 +210,7 @@ func (n *Node) admit(ctx context.Context, payload []byte) bootstrap.RejoinRespon
 		}
 	}
 	return bootstrap.RejoinResponse{
-		ClusterID: n.dir.ClusterID(), Replica: string(next.Replica), Record: n.outcome().Record, Addresses: n.knownAddresses(),
+		ClusterID: n.dir.ClusterID(), Replica: string(next.Replica), Record: n.outcome().Record, Addresses: n.addressesOf(members),
 	}
 }
 

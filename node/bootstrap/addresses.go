@@ -67,8 +67,19 @@ func validateAddresses(known map[string]Addresses) error {
 	return nil
 }
 
+// ErrBookFull: the book has the addresses of MaxMembers other nodes. Some may not be members any more (Retain).
+var ErrBookFull = fmt.Errorf("%w: addresses of more than %d nodes", ErrInvalid, MaxMembers)
+
+// Retain forgets the nodes of other names than these.
+func (b *Book) Retain(is func(name string) bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	maps.DeleteFunc(b.known, func(name string, _ Addresses) bool { return !is(name) })
+	maps.DeleteFunc(b.announced, func(name string, _ bool) bool { return !is(name) })
+}
+
 // Announce notes what a node says of itself, and tries to keep it for the next start. An address that the node
-// leaves empty stays as it was. Errors: ErrInvalid for a malformed or excessive announcement, which is ignored.
+// leaves empty stays as it was. Errors: ErrBookFull, or ErrInvalid for a malformed announcement, which is ignored.
 func (b *Book) Announce(name string, a Addresses) error {
 	if err := errors.Join(checkName(name), a.validate()); err != nil {
 		return err
@@ -77,7 +88,7 @@ func (b *Book) Announce(name string, a Addresses) error {
 	defer b.mu.Unlock()
 	old, known := b.known[name]
 	if !known && len(b.known) >= MaxMembers {
-		return fmt.Errorf("%w: addresses of more than %d nodes", ErrInvalid, MaxMembers)
+		return ErrBookFull
 	}
 	b.announced[name] = b.announced[name] || a.Peer != ""
 	for _, pair := range [][2]*string{{&a.Peer, &old.Peer}, {&a.Client, &old.Client}, {&a.HTTP, &old.HTTP}} {
