@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"kvd/shard"
 )
 
 // observations are what this node has seen of the others as group 0's leader in
@@ -71,6 +73,9 @@ func (o *observations) accept(report Report, whole bool, now time.Time) (news bo
 		n.report.Groups = nil
 	}
 	for _, g := range report.Groups {
+		if shard.NodeOf(g.Replica) != report.Node {
+			continue // nobody speaks for others
+		}
 		ref := ReplicaRef{g.Group, g.Replica}
 		changed := now
 		old, ok := before[ref]

@@ -81,8 +81,8 @@ func TestNoFloorFollowsFromAMapOfAnEarlierTerm(t *testing.T) {
 	if !leads {
 		t.Fatal("does not lead")
 	}
-	m := &Map{Shards: []Shard{{Replicas: []Replica{{ID: "n1/2", Incarnation: 1}, {ID: "n2/3w", Incarnation: 1}}}}}
-	report := Report{Node: "n1", Incarnation: 1, Groups: []GroupReport{{Group: 1, Replica: "n1/2", Durable: 40}, {Group: 1, Replica: "n2/3w"}}}
+	m := &Map{Shards: []Shard{{Replicas: []Replica{{ID: "n1/2", Incarnation: 1}, {ID: "n1/3w", Incarnation: 1}}}}}
+	report := Report{Node: "n1", Incarnation: 1, Groups: []GroupReport{{Group: 1, Replica: "n1/2", Durable: 40}, {Group: 1, Replica: "n1/3w"}}}
 	for _, at := range []uint64{term - 1, term} {
 		r.current.Store(&known{m, at})
 		answer, err := r.accept(report)
@@ -103,5 +103,26 @@ func TestReplicasThatAreNoMoreAreForgotten(t *testing.T) {
 	o.prune(shards)
 	if floor, ok := o.floor(shards[0]); len(o.durable) != 1 || floor != 7 || !ok {
 		t.Errorf("remembers %d, of which one is there at %d", len(o.durable), floor)
+	}
+}
+
+// What a node says under another incarnation, or of another node's replicas,
+// makes nobody forget what a data replica needs, and takes no room.
+func TestReportsAreOfMembersAndOfTheirOwnReplicas(t *testing.T) {
+	r := &Reconciler{cfg: Config{Replica: leader(t)}}
+	term, _ := r.observing()
+	m := &Map{Members: []Member{{Name: "n1", Incarnation: 1}}, Shards: []Shard{{Replicas: []Replica{{ID: "n1/2", Incarnation: 1}, {ID: "n2/3", Incarnation: 1}}}}}
+	r.current.Store(&known{m, term})
+	own, others := GroupReport{Group: 1, Replica: "n1/2", Durable: 40}, GroupReport{Group: 1, Replica: "n2/3", Durable: 50}
+	for _, report := range []Report{{Node: "n1", Incarnation: 2}, {Node: "n3", Incarnation: 1}} {
+		if _, err := r.accept(report); !errors.Is(err, ErrUnknownMember) {
+			t.Errorf("accepted %+v: %v", report, err)
+		}
+	}
+	if _, err := r.accept(Report{Node: "n1", Incarnation: 1, Groups: []GroupReport{own, others}}); err != nil {
+		t.Error(err)
+	}
+	if floor, ok := r.seen.floor(m.Shards[0]); ok || len(r.seen.nodes) != 1 {
+		t.Errorf("floor %d, %d nodes", floor, len(r.seen.nodes))
 	}
 }

@@ -147,12 +147,20 @@ func (r *Reconciler) accept(report Report) (ReportAnswer, error) {
 	if !leads {
 		return ReportAnswer{}, shard.ErrNotLeader
 	}
+	var answer ReportAnswer
+	m := r.current.Load()
+	if m != nil && m.term != term { // another leader may have added replicas since
+		m = nil
+	}
+	if m != nil && len(m.Members) > 0 {
+		if member, ok := m.Member(report.Node); !ok || member.Incarnation != report.Incarnation {
+			return answer, fmt.Errorf("%w: %s, as %016x", ErrUnknownMember, report.Node, report.Incarnation)
+		}
+	}
 	if r.seen.accept(report, true, time.Now()) {
 		r.wakeUp()
 	}
-	var answer ReportAnswer
-	m := r.current.Load()
-	if m == nil || m.term != term { // another leader may have added replicas since
+	if m == nil {
 		return answer, nil
 	}
 	for _, g := range report.Groups {
