@@ -38,6 +38,7 @@ func (n *Node) resolve(name string) (string, bool) {
 	if addr, ok := n.cfg.Peers[name]; ok {
 		return addr, true
 	}
+	n.reconsider(name)
 	return n.book.Resolve(name)
 }
 
@@ -46,7 +47,43 @@ func (n *Node) learn(p transport.Peer) {
 	if id := n.dir.ClusterID(); id == 0 || p.ClusterID != id || p.Node == n.cfg.Name {
 		return
 	}
+	if n.stranger(p) {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		n.strangers[p.Node] = p
+		return
+	}
+	n.welcome(p)
+}
+
+func (n *Node) welcome(p transport.Peer) {
 	n.announce(p.Node, bootstrap.Addresses{Peer: p.PeerAddr, Client: p.ClientAddr, HTTP: p.HTTPAddr})
+}
+
+// stranger reports whether the map has another incarnation of the peer: it has
+// been replaced and does not know it, and must not draw its successor's messages
+// to itself; or it is the successor, and this node's map is a moment behind.
+func (n *Node) stranger(p transport.Peer) bool {
+	for _, m := range n.members() {
+		if m.Name == p.Node {
+			return m.Incarnation != p.Incarnation
+		}
+	}
+	return false
+}
+
+// reconsider takes over what a stranger has announced, if it is none any more.
+func (n *Node) reconsider(name string) {
+	n.mu.Lock()
+	p, ok := n.strangers[name]
+	n.mu.Unlock()
+	if !ok || n.stranger(p) {
+		return
+	}
+	n.welcome(p)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.strangers, name)
 }
 
 // announce writes a node's addresses into the book, in the place of nodes that

@@ -161,3 +161,50 @@ func TestNodesThatHaveLeftTakeNoRoomInTheBook(t *testing.T) {
 		}
 	})
 }
+
+// One who was replaced while nobody heard it, and comes back, does not draw the
+// messages of its successor to itself.
+func TestWhoWasReplacedIsNotTakenForItsSuccessor(t *testing.T) {
+	inTown(t, 4, func(w *town) {
+		cfg := w.config("n4", "n4")
+		delete(w.peers, "n4") // which others know from what it says only
+		w.start("n1", "n2", "n3")
+		w.awaitReady("n1", "n2", "n3")
+		time.Sleep(10 * time.Second)
+		cfg.Join, cfg.Peers = w.peers["n1"], nil
+		ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
+		defer cancel()
+		n4, err := Start(ctx, cfg)
+		if err != nil {
+			w.t.Error(err)
+			return
+		}
+		time.Sleep(10 * time.Second)
+		n := w.nodes["n1"]
+		at := func(want string) {
+			w.t.Helper()
+			if addr, ok := n.resolve("n4"); !ok || addr != want {
+				w.t.Errorf("n4 is at %q, want %q", addr, want)
+			}
+		}
+		at("n4:1")
+		next := transport.Peer{ClusterID: n.dir.ClusterID(), Node: "n4", Incarnation: 99, PeerAddr: "n4:2"}
+		n.learn(next)
+		at("n4:1")
+		former := n.members()[3]
+		if err := n4.Close(); err != nil {
+			w.t.Error(err)
+		}
+		for _, leader := range w.nodes {
+			if leader.Replica().Serving() {
+				if _, err := leader.placement().Replace(ctx, former, next.Incarnation); err != nil {
+					w.t.Error(err)
+				}
+			}
+		}
+		time.Sleep(time.Second)
+		at("n4:2")
+		n.learn(transport.Peer{ClusterID: next.ClusterID, Node: "n4", Incarnation: former.Incarnation, PeerAddr: "n4:1"})
+		at("n4:2")
+	})
+}

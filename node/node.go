@@ -54,6 +54,9 @@ type Node struct {
 	reconciler *placement.Reconciler
 	sequencer  *sequencer.Server // nil in `full`
 	sequences  *sequencer.Client // its client here
+	// strangers are the last that connected under the names of members, but as
+	// other incarnations.
+	strangers map[string]transport.Peer
 
 	ready   chan struct{}
 	cancel  context.CancelFunc
@@ -80,7 +83,7 @@ func Start(ctx context.Context, cfg Config) (*Node, error) {
 		}
 		cfg.Network = network
 	}
-	n := &Node{cfg: cfg, log: cfg.Logger, ready: make(chan struct{})}
+	n := &Node{cfg: cfg, log: cfg.Logger, ready: make(chan struct{}), strangers: make(map[string]transport.Peer)}
 	n.groups = newGroups(n)
 	background, cancel := context.WithCancel(context.Background())
 	n.cancel = cancel
@@ -128,6 +131,7 @@ func (n *Node) start(ctx, background context.Context) error {
 	n.tasks.Go(func() { n.awaitReady(background) })
 	n.tasks.Go(func() { n.introduce(background) })
 	n.tasks.Go(func() { n.watchDisplacement(background) })
+	n.tasks.Go(func() { n.watchReach(background) })
 	return nil
 }
 
@@ -187,6 +191,7 @@ func (n *Node) connect(l *listeners) error {
 		return n.formation.HandleAsk(ctx, payload)
 	})
 	n.handleRejoins()
+	n.handleReach()
 	return nil
 }
 
