@@ -184,9 +184,9 @@ func (n *Node) admit(ctx context.Context, payload []byte) bootstrap.RejoinRespon
 	}
 	judge := bootstrap.Cluster{
 		ClusterID: n.dir.ClusterID(), Common: n.cfg.settings().Common,
-		Reporting: func(m bootstrap.Member) bool { return n.answers(ctx, m) },
 	}
 	current := make(map[string]placement.Member)
+	judge.Reporting = func(m bootstrap.Member) bool { return reconciler.Reports(current[m.Name]) || n.answers(ctx, m) }
 	for _, m := range members {
 		current[m.Name] = m
 		judge.Members = append(judge.Members, bootstrap.Member{Name: m.Name, Incarnation: m.Incarnation, Replica: string(m.Replica)})
@@ -219,8 +219,13 @@ func (n *Node) answers(ctx context.Context, m bootstrap.Member) bool {
 	if m.Name == n.cfg.Name {
 		return m.Incarnation == n.dir.Incarnation()
 	}
+	return n.pings(ctx, m.Name, m.Incarnation)
+}
+
+// pings reports whether that incarnation of another node can be reached.
+func (n *Node) pings(ctx context.Context, name string, incarnation uint64) bool {
 	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
-	answer, err := n.transport.Call(ctx, m.Name, methodPing, nil)
-	return err == nil && len(answer) == 8 && binary.BigEndian.Uint64(answer) == m.Incarnation
+	answer, err := n.transport.Call(ctx, name, methodPing, nil)
+	return err == nil && len(answer) == 8 && binary.BigEndian.Uint64(answer) == incarnation
 }
