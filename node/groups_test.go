@@ -208,3 +208,38 @@ func TestWhoWasReplacedIsNotTakenForItsSuccessor(t *testing.T) {
 		at("n4:2")
 	})
 }
+
+// One ping that is lost costs no node its place.
+func TestWhoReportedAMomentAgoKeepsItsPlace(t *testing.T) {
+	inTown(t, 3, func(w *town) {
+		w.start("n1", "n2", "n3")
+		w.awaitReady("n1", "n2", "n3")
+		time.Sleep(10 * time.Second)
+		var leader *Node
+		for _, n := range w.nodes {
+			if n.Replica().Serving() {
+				leader = n
+			}
+		}
+		name := map[bool]string{true: "n2", false: "n3"}[leader.cfg.Name == "n3"]
+		cfg := w.config(name, name+" again")
+		cfg.setDefaults()
+		dir, err := bootstrap.Open(cfg.DataDir, cfg.settings())
+		if err != nil {
+			w.t.Error(err)
+			return
+		}
+		defer dir.Close()
+		payload, err := bootstrap.NewRejoinRequest(dir, bootstrap.Rejoin{ClusterID: leader.dir.ClusterID()}).Encode()
+		if err != nil {
+			w.t.Error(err)
+			return
+		}
+		w.network.Isolate(w.peers[name])
+		if answer := leader.admit(w.t.Context(), payload); answer.Refused != bootstrap.StillReports {
+			w.t.Errorf("answered %+v", answer)
+		}
+		w.network.HealAll()
+		time.Sleep(10 * time.Second)
+	})
+}

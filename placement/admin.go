@@ -58,6 +58,10 @@ func (r *Reconciler) Replace(ctx context.Context, old Member, incarnation uint64
 	return next, nil
 }
 
+// Reports says whether a member has reported lately, as this incarnation, to this
+// node as group 0's leader.
+func (r *Reconciler) Reports(m Member) bool { return r.seen.node(m, time.Now()).Alive }
+
 // Join makes a node a member, and returns its record and what the cluster agrees
 // on (nil in a cluster without shards). It may be repeated. ErrMemberExists if
 // another incarnation of that name is a member: that one is replaced (Replace)
