@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -31,7 +32,8 @@ type town struct {
 	network *transport.MemoryNetwork
 	peers   map[string]string
 	nodes   map[string]*Node
-	shards  int // 0: full
+	shards  int             // 0: full
+	deaf    map[string]bool // addresses that nobody connects to from now on
 
 	mu    sync.Mutex
 	fatal map[string]error
@@ -83,7 +85,7 @@ func (w *town) config(name, dir string) Config {
 	cfg := Config{
 		Name: name, DataDir: filepath.Join(w.dir, dir), Peers: w.peers,
 		ListenClient: "none", ListenHTTP: "none", ListenPeer: addr, MinDiskFree: 1, NoSync: true,
-		Network: townNetwork{w.network, w.network.Dialer(addr)},
+		Network: townNetwork{w.network, w.dialer(addr)},
 		Logger:  slog.New(slog.NewTextHandler(w, nil)).With("on", name),
 		OnFatal: func(err error) {
 			w.mu.Lock()
@@ -95,6 +97,19 @@ func (w *town) config(name, dir string) Config {
 		cfg.Strategy, cfg.Shards, cfg.ReplicationFactor = StrategyConsistent, w.shards, 2
 	}
 	return cfg
+}
+
+func (w *town) dialer(from string) func(context.Context, string) (net.Conn, error) {
+	dial := w.network.Dialer(from)
+	return func(ctx context.Context, addr string) (net.Conn, error) {
+		w.mu.Lock()
+		deaf := w.deaf[addr]
+		w.mu.Unlock()
+		if deaf {
+			return nil, syscall.ECONNREFUSED
+		}
+		return dial(ctx, addr)
+	}
 }
 
 // start starts the named nodes together, each in the directory of its name.
@@ -140,6 +155,17 @@ func (w *town) awaitReady(names ...string) {
 			w.t.Fatalf("%s is not ready after two minutes", name)
 		}
 	}
+}
+
+// awaitFollower waits until the node hears a leader of group 0.
+func (w *town) awaitFollower(name string) {
+	for range 100 {
+		if w.nodes[name].Replica().Leader().Node != "" {
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	w.t.Errorf("%s hears no leader", name)
 }
 
 func kvPut(t *testing.T, n *Node, key, value string) {
