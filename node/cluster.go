@@ -286,7 +286,7 @@ func (g *diskGuard) judge(free uint64) {
 	full := free < g.minFree
 	switch was := g.verdict.Swap(full); {
 	case full && !was:
-		g.log.Error("the disk is nearly full: the cluster refuses writes while this node leads it, except deletes: make room, or kvd move-leader to another node",
+		g.log.Error("the disk is nearly full: what this node leads (all keys, or its shards) takes no writes but deletes: make room, or with --strategy full kvd move-leader to another node",
 			"dir", g.dir, "free_bytes", free, "wanted_bytes", g.minFree)
 	case !full && was:
 		g.log.Info("the disk has room again: writes are taken", "dir", g.dir, "free_bytes", free)

@@ -90,6 +90,9 @@ func (s *maintenance) Status(ctx context.Context, _ *pb.StatusRequest) (*pb.Stat
 	if leaderless > 0 {
 		resp.Errors = append(resp.Errors, fmt.Sprintf("kvd: shards of this node have no leader: %d", leaderless))
 	}
+	if s.router.cfg.NoSpace() {
+		resp.Errors = append(resp.Errors, "kvd: the disk is nearly full: what this node leads takes no writes but deletes")
+	}
 	return resp, nil
 }
 

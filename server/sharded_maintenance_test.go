@@ -193,10 +193,13 @@ func TestLeftoversOfBackups(t *testing.T) {
 	}
 }
 
-func TestBackupNeedsRoom(t *testing.T) {
+func TestANodeWithoutRoomSaysSoAndMakesNoBackup(t *testing.T) {
 	w := newWorld(t, 3, 5, 2, func(c *Config) { c.NoSpace = func() bool { return true } })
 	err := w.servers["n1"].maintenance.Snapshot(&pb.SnapshotRequest{}, &blobs{ctx: t.Context()})
 	sameStatus(t, err, rpctypes.ErrGRPCNoSpace)
+	if resp, err := w.servers["n1"].maintenance.Status(t.Context(), &pb.StatusRequest{}); err != nil || len(resp.Errors) != 1 || !strings.Contains(resp.Errors[0], "disk is nearly full") {
+		t.Errorf("status: %v, %v", resp, err)
+	}
 	w = newWorld(t, 3, 5, 2, func(c *Config) { c.TempDir = filepath.Join(c.TempDir, "missing") })
 	if err := w.servers["n1"].maintenance.Snapshot(&pb.SnapshotRequest{}, &blobs{ctx: t.Context()}); err == nil {
 		t.Fatal("a backup without a place for it")
