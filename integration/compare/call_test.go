@@ -57,6 +57,7 @@ func (a answer) String() string {
 // client talks to every node of one server under comparison.
 type client struct {
 	conns []*grpc.ClientConn
+	tag   string // if the server has shards: the keys' {tag}
 }
 
 // dial connects to the nodes at the endpoints. options come after its own.
@@ -92,8 +93,7 @@ func (c *client) ask(ctx context.Context, what call) answer {
 	defer cancel()
 	conn := c.conns[what.node%len(c.conns)]
 	if len(c.conns) > 1 && readsLocally(what.request) {
-		// What such a read finds is how far this node is. Bring it up to the last acknowledged write.
-		if _, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte{0}, CountOnly: true}); err != nil {
+		if err := c.catchUp(ctx, conn); err != nil {
 			return refusal(fmt.Errorf("catching up before a local read: %w", err))
 		}
 	}
@@ -102,6 +102,27 @@ func (c *client) ask(ctx context.Context, what call) answer {
 		return refusal(err)
 	}
 	return answer{response: response}
+}
+
+// catchUp brings what a node will read from its own state up to the last acknowledged write. A node without the keys of
+// a shard reads those from another one.
+func (c *client) catchUp(ctx context.Context, conn *grpc.ClientConn) error {
+	conns := []*grpc.ClientConn{conn}
+	if c.tag != "" {
+		conns = c.conns
+	}
+	for _, conn := range conns {
+		if _, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(c.tag + "\x00"), CountOnly: true}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// latest is the newest revision of all keys.
+func (c *client) latest(ctx context.Context) (int64, error) {
+	response, err := pb.NewKVClient(c.conns[0]).Range(ctx, &pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte{0}, CountOnly: true})
+	return response.GetHeader().GetRevision(), err
 }
 
 // readsLocally tells whether the request may be answered from a node's own, possibly old, state.
@@ -167,6 +188,10 @@ func collect(stream pb.KV_RangeStreamClient, err error) (proto.Message, error) {
 	}
 }
 
+func headerOf(response proto.Message) *pb.ResponseHeader {
+	return response.(interface{ GetHeader() *pb.ResponseHeader }).GetHeader()
+}
+
 func refusal(err error) answer {
 	s := status.Convert(err)
 	return answer{code: s.Code(), message: s.Message()}
@@ -181,6 +206,7 @@ func difference(want, got answer) string {
 	if want.response == nil {
 		return ""
 	}
+	want.response, got.response = proto.Clone(want.response), proto.Clone(got.response)
 	var diffs []string
 	for name, a := range map[string]answer{"want": want, "got": got} {
 		if flaw := setAside(a.response); flaw != "" {
@@ -195,7 +221,7 @@ func difference(want, got answer) string {
 
 // setAside clears what may differ and says what is missing.
 func setAside(response proto.Message) string {
-	header := response.(interface{ GetHeader() *pb.ResponseHeader }).GetHeader()
+	header := headerOf(response)
 	if header == nil {
 		return "no header"
 	}

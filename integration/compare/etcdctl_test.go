@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +15,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
 
 // etcdctl runs the real etcdctl against some endpoints.
@@ -69,107 +72,233 @@ func startEtcdctl(t *testing.T, endpoints []string) etcdctl {
 	return etcdctl{binary, endpoints}
 }
 
-// own matches what is each server's own in the formats json and fields.
-var own = regexp.MustCompile(`("(?:cluster_id|member_id|raft_term)":|"(?:ClusterID|MemberID|RaftTerm)" : )\d+`)
-
-// etcdctlSession is a run of commands in which the later ones see what the earlier ones have done.
+// etcdctlSession is a run of commands in which the later ones see what the earlier ones have done. {t} begins all keys
+// but where they are to be in different shards; #5 is the server's revision for etcd's 5.
 var etcdctlSession = []struct {
 	args  string // separated by blanks, "" is an empty argument
 	stdin string
 	fails bool
 }{
-	{args: `get a`},
-	{args: `put a 1`},
-	{args: `put a 2 --prev-kv`},
-	{args: `put b`, stdin: "from\nstdin\n"},
-	{args: `put c 3 -w json`},
-	{args: `put c 4 --prev-kv -w json`},
-	{args: `put c 5 --prev-kv -w fields`},
-	{args: `put c --ignore-value --prev-kv -w json`},
-	{args: `put c x --ignore-lease`},
-	{args: `put none --ignore-value`, fails: true},
-	{args: `put c x --ignore-value`, fails: true},
-	{args: `put c x --lease 7b`, fails: true},
+	{args: `get {t}a`},
+	{args: `put {t}a 1`},
+	{args: `put {t}a 2 --prev-kv`},
+	{args: `put {t}b`, stdin: "from\nstdin\n"},
+	{args: `put {t}c 3 -w json`},
+	{args: `put {t}c 4 --prev-kv -w json`},
+	{args: `put {t}c 5 --prev-kv -w fields`},
+	{args: `put {t}c --ignore-value --prev-kv -w json`},
+	{args: `put {t}c x --ignore-lease`},
+	{args: `put {t}none --ignore-value`, fails: true},
+	{args: `put {t}c x --ignore-value`, fails: true},
+	{args: `put {t}c x --lease 7b`, fails: true},
 	{args: `put "" x`, fails: true},
-	{args: `put dir/1 one`},
-	{args: `put dir/2 two`},
-	{args: `put dir/3 three`},
-	{args: `put dir/2 second`},
-	{args: `get a`},
-	{args: `get b --print-value-only`},
-	{args: `get a -w json`},
-	{args: `get a -w fields`},
-	{args: `get a --hex`},
-	{args: `get none`},
-	{args: `get none -w json`},
+	{args: `put {t}dir/1 one`},
+	{args: `put {t}dir/2 two`},
+	{args: `put {t}dir/3 three`},
+	{args: `put {t}dir/2 second`},
+	{args: `get {t}a`},
+	{args: `get {t}b --print-value-only`},
+	{args: `get {t}a -w json`},
+	{args: `get {t}a -w fields`},
+	{args: `get {t}a --hex`},
+	{args: `get {t}none`},
+	{args: `get {t}none -w json`},
 	{args: `get "" --prefix`},
 	{args: `get "" --from-key -w json`},
-	{args: `get b dir/2`},
-	{args: `get dir/ --prefix --keys-only`},
-	{args: `get dir/ --prefix --keys-only -w json`},
-	{args: `get dir/ --prefix --count-only -w fields`},
-	{args: `get dir/ --prefix --limit 2 -w json`},
-	{args: `get dir/ --prefix --sort-by VERSION --order DESCEND -w json`},
-	{args: `get dir/ --prefix --sort-by MODIFY --limit 1`},
-	{args: `get dir/ --prefix --sort-by CREATE --order DESCEND`},
-	{args: `get dir/ --prefix --sort-by VALUE`},
-	{args: `get dir/ --prefix --sort-by KEY --order DESCEND --limit 1 -w json`},
-	{args: `get dir/ --prefix --min-mod-rev 10 -w json`},
-	{args: `get dir/ --prefix --max-create-rev 10 -w json`},
-	{args: `get dir/ --prefix --stream`},
-	{args: `get a --rev 2 -w json`},
-	{args: `get a --rev 1000`, fails: true},
-	{args: `del a --prev-kv`},
-	{args: `del a`},
-	{args: `del a -w json`},
-	{args: `get a --rev 3`},
-	{args: `del dir/1 dir/3 --prev-kv -w json`},
-	{args: `del dir/ --prefix -w fields`},
+	{args: `get {t}b {t}dir/2`},
+	{args: `get {t}dir/ --prefix --keys-only`},
+	{args: `get {t}dir/ --prefix --keys-only -w json`},
+	{args: `get {t}dir/ --prefix --count-only -w fields`},
+	{args: `get {t}dir/ --prefix --limit 2 -w json`},
+	{args: `get {t}dir/ --prefix --sort-by VERSION --order DESCEND -w json`},
+	{args: `get {t}dir/ --prefix --sort-by MODIFY --limit 1`},
+	{args: `get {t}dir/ --prefix --sort-by CREATE --order DESCEND`},
+	{args: `get {t}dir/ --prefix --sort-by VALUE`},
+	{args: `get {t}dir/ --prefix --sort-by KEY --order DESCEND --limit 1 -w json`},
+	{args: `get {t}dir/ --prefix --min-mod-rev #10 -w json`},
+	{args: `get {t}dir/ --prefix --max-create-rev #10 -w json`},
+	{args: `get {t}dir/ --prefix --stream`},
+	{args: `get {t}a --rev #2 -w json`},
+	{args: `get {t}a --rev #1000`, fails: true},
+	{args: `del {t}a --prev-kv`},
+	{args: `del {t}a`},
+	{args: `del {t}a -w json`},
+	{args: `get {t}a --rev #3`},
+	{args: `del {t}dir/1 {t}dir/3 --prev-kv -w json`},
+	{args: `del {t}dir/ --prefix -w fields`},
 	{args: `del ""`, fails: true},
-	{args: `txn`, stdin: "version(\"c\") > \"0\"\n\nput c then\nget c\n\nget b\n\n"},
-	{args: `txn`, stdin: "value(\"c\") = \"other\"\n\nput c then\n\nget c\nput d else\ndel c\n\n"},
-	{args: `txn -w json`, stdin: "create(\"e\") = \"0\"\nmod(\"d\") > \"1\"\n\nput e 1 --prev-kv\nget \"\" --prefix\ndel d --prev-kv\n\n\n"},
-	{args: `txn`, stdin: "mod(\"e\") < \"1\"\n\n\n\n"},
-	{args: `txn -w fields`, stdin: "\nput f 1\nget f\n\n\n"},
-	{args: `txn`, stdin: "\nput f 1\nput f 2\n\n\n", fails: true},
-	{args: `txn`, stdin: "mod(\"f\") x\n\nput f 2\n\n\n", fails: true},
-	{args: `compaction 5`},
-	{args: `compaction 5`, fails: true},
-	{args: `compaction 4`, fails: true},
-	{args: `compaction 1000`, fails: true},
-	{args: `compaction 6 --physical`},
-	{args: `compaction 8 -w json`},
+	{args: `txn`, stdin: "version(\"{t}c\") > \"0\"\n\nput {t}c then\nget {t}c\n\nget {t}b\n\n"},
+	{args: `txn`, stdin: "value(\"{t}c\") = \"other\"\n\nput {t}c then\n\nget {t}c\nput {t}d else\ndel {t}c\n\n"},
+	{args: `txn -w json`, stdin: "create(\"{t}e\") = \"0\"\nmod(\"{t}d\") > \"#1\"\n\nput {t}e 1 --prev-kv\nget \"{t}\" --prefix\ndel {t}d --prev-kv\n\n\n"},
+	{args: `txn`, stdin: "mod(\"{t}e\") < \"#1\"\n\n\n\n"},
+	{args: `txn -w fields`, stdin: "\nput {t}f 1\nget {t}f\n\n\n"},
+	{args: `txn`, stdin: "\nput {t}f 1\nput {t}f 2\n\n\n", fails: true},
+	{args: `txn`, stdin: "mod(\"{t}f\") x\n\nput {t}f 2\n\n\n", fails: true},
+	{args: `compaction #5`},
+	{args: `compaction #5`, fails: true},
+	{args: `compaction #4`, fails: true},
+	{args: `compaction #1000`, fails: true},
+	{args: `compaction #6 --physical`},
+	{args: `compaction #8 -w json`},
 	{args: `compaction x`, fails: true},
-	{args: `get a --rev 7`, fails: true},
-	{args: `get c --rev 8 -w json`},
+	{args: `get {t}a --rev #7`, fails: true},
+	{args: `get {t}c --rev #8 -w json`},
 	{args: `get "" --from-key -w json`},
 }
 
-// TestEtcdctlPrintsTheSame runs one session against a real etcd and against three kvd nodes.
+// session is etcdctl beside a real etcd.
+type session struct {
+	tag   string   // in place of {t}
+	flags []string // of the kvd nodes
+
+	etcd, kvd          etcdctl
+	reference, subject *client
+	revisions          *revisions // nil if they must be equal
+}
+
+// TestEtcdctlPrintsTheSame runs the session against a real etcd and against three kvd nodes.
 func TestEtcdctlPrintsTheSame(t *testing.T) {
-	etcd := startEtcdctl(t, []string{startEtcd(t)})
-	kvd := startEtcdctl(t, startKVD(t, 3))
-	for _, command := range etcdctlSession {
-		args := strings.Fields(command.args)
-		for i := range args {
-			args[i] = strings.ReplaceAll(args[i], `""`, "")
+	for name, s := range map[string]*session{
+		"full":        {},
+		"one shard":   {tag: "{t}", flags: consistent},
+		"many shards": {flags: consistent},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s.start(t)
+			for _, c := range etcdctlSession {
+				if s.spansShards() && strings.HasPrefix(c.args, "txn") {
+					continue // refused, as TestEtcdctlLooksAfterShards sees
+				}
+				s.compare(t, c.args, c.stdin, c.fails)
+			}
+		})
+	}
+}
+
+func (s *session) start(t *testing.T) {
+	etcd, kvd := []string{startEtcd(t)}, startKVD(t, 3, s.flags...)
+	s.etcd, s.kvd = startEtcdctl(t, etcd), startEtcdctl(t, kvd)
+	s.reference, s.subject = mustDial(t, etcd), mustDial(t, kvd)
+	if s.flags != nil {
+		s.revisions = newRevisions(s.subject.latest)
+	}
+}
+
+func (s *session) spansShards() bool { return s.flags != nil && s.tag == "" }
+
+func (s *session) compare(t *testing.T, args, stdin string, fails bool) {
+	t.Helper()
+	run := func(ctl etcdctl, toRevision func(string) string) printed {
+		edit := func(text string) string {
+			return numbered.ReplaceAllStringFunc(strings.ReplaceAll(text, "{t}", s.tag), toRevision)
 		}
-		want, got := etcd.run(t, command.stdin, args...), kvd.run(t, command.stdin, args...)
-		if failed := want.ExitCode != 0; failed != command.fails {
-			t.Errorf("the session is wrong about %s: etcd answers %+v", command.args, want)
+		words := strings.Fields(edit(args))
+		for i := range words {
+			words[i] = strings.ReplaceAll(words[i], `""`, "")
 		}
-		for _, p := range []*printed{&want, &got} {
-			p.Stdout = own.ReplaceAllString(p.Stdout, "${1}X")
-		}
-		if want != got {
-			t.Errorf("etcdctl %s (stdin %q)\nwant %+v\ngot  %+v", command.args, command.stdin, want, got)
+		return ctl.run(t, edit(stdin), words...)
+	}
+	want := run(s.etcd, func(number string) string { return number[1:] })
+	if failed := want.ExitCode != 0; failed != fails {
+		t.Errorf("the session is wrong about %s: etcd answers %+v", args, want)
+	}
+	got := run(s.kvd, func(number string) string { return s.toSubject(t, number[1:]) })
+	s.observe(t)
+	for _, p := range []*printed{&want, &got} {
+		p.Stdout = own.ReplaceAllString(p.Stdout, "${1}X")
+		if s.spansShards() { // each key's shard has a revision of its own
+			p.Stdout = header.ReplaceAllString(p.Stdout, "${1}X")
 		}
 	}
+	got.Stdout = revision.ReplaceAllStringFunc(got.Stdout, func(text string) string { return s.fromSubject(t, text) })
+	if want != got {
+		t.Errorf("etcdctl %s (stdin %q)\nwant %+v\ngot  %+v", args, stdin, want, got)
+	}
+}
+
+var (
+	// own is what is each server's own in the formats json and fields, header the revision in a header, revision any
+	// revision, numbered one in a command of the session.
+	own      = regexp.MustCompile(`("(?:cluster_id|member_id|raft_term)":|"(?:ClusterID|MemberID|RaftTerm)" : )\d+`)
+	header   = regexp.MustCompile(`("revision":|"Revision" : )\d+`)
+	revision = regexp.MustCompile(`("(?:create_|mod_)?revision":|"(?:Prev)?(?:Create|Mod)?Revision" : |compacted revision )\d+`)
+	numbered = regexp.MustCompile(`#\d+`)
+)
+
+// toSubject is kvd's revision for one of etcd's.
+func (s *session) toSubject(t *testing.T, number string) string {
+	n, err := strconv.ParseInt(number, 10, 64)
+	if err == nil && s.revisions != nil {
+		n, err = s.revisions.first(t.Context(), n)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strconv.FormatInt(n, 10)
+}
+
+// fromSubject is what kvd has printed about a revision, with etcd's.
+func (s *session) fromSubject(t *testing.T, text string) string {
+	if s.revisions == nil {
+		return text
+	}
+	name := strings.TrimRight(text, "0123456789")
+	n, err := strconv.ParseInt(text[len(name):], 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	field := "revision"
+	if lower := strings.ToLower(name); strings.Contains(lower, "create") || strings.Contains(lower, "mod") {
+		field = "mod_revision"
+	}
+	return name + strconv.FormatInt(s.revisions.translate(field, n), 10)
+}
+
+// observe learns how far both are.
+func (s *session) observe(t *testing.T) {
+	if s.revisions == nil {
+		return
+	}
+	everything := &pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte{0}}
+	want, got := s.reference.ask(t.Context(), call{request: everything}), s.subject.ask(t.Context(), call{request: everything})
+	if want.response == nil || got.response == nil {
+		t.Fatalf("cannot read everything: %v, %v", want, got)
+	}
+	reference, all := headerOf(want.response).Revision, got.response.(*pb.RangeResponse)
+	for _, kv := range all.Kvs { // what has been put last
+		if kv.ModRevision > s.revisions.spans[s.revisions.newest()].last {
+			s.revisions.extend(reference, kv.ModRevision, false)
+		}
+	}
+	s.revisions.extend(reference, all.Header.Revision, false)
 }
 
 // TestEtcdctlLooksAfterTheCluster runs the commands whose output is about the nodes themselves.
 func TestEtcdctlLooksAfterTheCluster(t *testing.T) {
-	endpoints := startKVD(t, 3)
+	t.Parallel()
+	lookAfter(t, startKVD(t, 3))
+}
+
+// TestEtcdctlLooksAfterShards is the same for a cluster with shards.
+func TestEtcdctlLooksAfterShards(t *testing.T) {
+	t.Parallel()
+	endpoints := startKVD(t, 3, consistent...)
+	lookAfter(t, endpoints)
+	t.Run("txn over shards", func(t *testing.T) {
+		var puts strings.Builder // keys of one shard only would be bad luck
+		for i := range 20 {
+			fmt.Fprintf(&puts, "put key%d value\n", i)
+		}
+		p := startEtcdctl(t, endpoints).run(t, "\n"+puts.String()+"\n\n", "txn")
+		if p.ExitCode == 0 || !strings.Contains(p.Error, "is in shard") || !strings.Contains(p.Error, "{tag}") {
+			t.Errorf("not refused with the shards and what to do: %+v", p)
+		}
+	})
+}
+
+func lookAfter(t *testing.T, endpoints []string) {
+	t.Helper()
 	ctl := startEtcdctl(t, endpoints)
 	for _, key := range []string{"a", "b", "c"} {
 		ctl.mustRun(t, "put", key, "value")

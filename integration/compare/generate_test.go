@@ -21,6 +21,7 @@ const (
 // calls are near to the real ones. The same seed and the same answers give the same calls.
 type generator struct {
 	rng       *rand.Rand
+	tag       string // begins every key; "" = none
 	keys      [][]byte
 	revision  int64 // the newest seen
 	compacted int64
@@ -31,9 +32,10 @@ type generator struct {
 	queue       []call            // what must come next
 }
 
-func newGenerator(seed uint64) *generator {
+func newGenerator(seed uint64, tag string) *generator {
 	g := &generator{
 		rng:      rand.New(rand.NewPCG(seed, 0)),
+		tag:      tag,
 		revision: 1, compacted: -1,
 		compactions: map[int64]bool{}, modified: map[string]int64{}, values: map[string][]byte{},
 	}
@@ -41,10 +43,10 @@ func newGenerator(seed uint64) *generator {
 		"\x00", "\x00\x00", "a", "a\x00", "aa", "ab", "abc", "b", "b\xff", "c", "k/1", "k/10", "k/2", "\xff", "\xff\xff",
 		"long" + string(bytes.Repeat([]byte("g"), 300)),
 	} {
-		g.keys = append(g.keys, []byte(key))
+		g.keys = append(g.keys, []byte(tag+key))
 	}
 	for i := range 24 { // enough to sort more keys than an insertion sort would
-		g.keys = append(g.keys, fmt.Appendf(nil, "n%02d", i))
+		g.keys = append(g.keys, fmt.Appendf(nil, "%sn%02d", tag, i))
 	}
 	return g
 }
@@ -57,8 +59,42 @@ func (g *generator) next(nodes int) call {
 	} else {
 		c = g.call()
 	}
+	if t, ok := c.request.(*pb.TxnRequest); ok {
+		g.confine(t)
+	}
 	c.node = g.rng.IntN(nodes)
 	return c
+}
+
+// confine keeps a transaction within the keys with the tag: in its ranges are no others.
+func (g *generator) confine(t *pb.TxnRequest) {
+	for _, c := range t.Compare {
+		c.Key, c.RangeEnd = g.tagged(c.Key, c.RangeEnd)
+	}
+	for _, op := range slices.Concat(t.Success, t.Failure) {
+		switch o := op.Request.(type) {
+		case *pb.RequestOp_RequestRange:
+			o.RequestRange.Key, o.RequestRange.RangeEnd = g.tagged(o.RequestRange.Key, o.RequestRange.RangeEnd)
+		case *pb.RequestOp_RequestDeleteRange:
+			o.RequestDeleteRange.Key, o.RequestDeleteRange.RangeEnd = g.tagged(o.RequestDeleteRange.Key, o.RequestDeleteRange.RangeEnd)
+		case *pb.RequestOp_RequestTxn:
+			g.confine(o.RequestTxn)
+		}
+	}
+}
+
+// tagged returns the keys with the tag in an interval.
+func (g *generator) tagged(key, end []byte) (taggedKey, taggedEnd []byte) {
+	if g.tag == "" {
+		return key, end
+	}
+	if bytes.Equal(key, []byte{0}) {
+		key = []byte(g.tag)
+	}
+	if bytes.Equal(end, []byte{0}) {
+		end = prefixEnd([]byte(g.tag))
+	}
+	return key, end
 }
 
 func (g *generator) call() call {
@@ -95,7 +131,7 @@ func (g *generator) learn(c call, a answer) {
 	if a.response == nil {
 		return
 	}
-	header := a.response.(interface{ GetHeader() *pb.ResponseHeader }).GetHeader()
+	header := headerOf(a.response)
 	g.revision = max(g.revision, header.GetRevision())
 	switch r := c.request.(type) {
 	case *pb.PutRequest:
@@ -139,11 +175,14 @@ func (g *generator) interval() (key, end []byte) {
 	case 5:
 		key, end = []byte{0}, []byte{0} // all keys
 	case 6:
-		key, end = []byte("n"), []byte("o")
+		key, end = []byte(g.tag+"n"), []byte(g.tag+"o")
 	case 7:
 		end = prefixEnd(key)
 	default:
 		end = g.key() // also at or before key: an empty interval
+	}
+	if g.chance(50) {
+		return g.tagged(key, end)
 	}
 	return key, end
 }
@@ -502,7 +541,7 @@ func (g *generator) wideTxn() *pb.TxnRequest {
 
 // oversize is a request around one of the two limits of size, but not so near that the encoding would matter.
 func (g *generator) oversize() call {
-	key := []byte("big")
+	key := []byte(g.tag + "big")
 	size := pick(g, maxRequestBytes-200, maxRequestBytes+1, maxMessageBytes-200, maxMessageBytes+1)
 	value := bytes.Repeat([]byte("v"), size)
 	g.queue = append(g.queue, call{request: &pb.DeleteRangeRequest{Key: key}}) // don't carry it along

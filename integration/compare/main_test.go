@@ -13,8 +13,8 @@ import (
 
 var (
 	seedFlag      = flag.Uint64("seed", 0, "`seed` of the random calls; 0 draws a new one")
-	sequencesFlag = flag.Int("sequences", 3, "sequences of random calls, each on fresh servers")
-	callsFlag     = flag.Int("calls", 3000, "calls in a sequence")
+	sequencesFlag = flag.Int("sequences", 2, "sequences of random calls, each on fresh servers; more if they cover too little")
+	callsFlag     = flag.Int("calls", 2500, "calls in a sequence")
 )
 
 // buildDir holds the binaries that the tests have built.
@@ -37,14 +37,17 @@ var (
 	buildEtcdctl = sync.OnceValues(func() (string, error) { return servers.Build(context.Background(), servers.Etcdctl, buildDir) })
 )
 
-// startKVD starts a fresh kvd cluster of real processes and returns its client addresses.
-func startKVD(t testing.TB, nodes int) []string {
+// consistent are the flags of a kvd cluster with shards, in which of three nodes two have a key.
+var consistent = []string{"--strategy", "consistent", "--shards", "5", "--replication-factor", "2"}
+
+// startKVD starts a fresh kvd cluster of real processes, with further flags of theirs, and returns its client addresses.
+func startKVD(t testing.TB, nodes int, flags ...string) []string {
 	t.Helper()
 	binary, err := buildKVD()
 	if err != nil {
 		t.Fatal(err)
 	}
-	cluster, err := servers.StartKVD(t.Context(), binary, t.TempDir(), nodes)
+	cluster, err := servers.StartKVD(t.Context(), binary, t.TempDir(), nodes, flags...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -82,9 +82,9 @@ type process struct {
 	exited         chan struct{} // closed once the process has been waited for
 }
 
-// StartKVD starts nodes fresh kvd processes that form one cluster, with their data below dir, and waits until
-// every node answers a linearizable read.
-func StartKVD(ctx context.Context, binary, dir string, nodes int) (*Cluster, error) {
+// StartKVD starts nodes fresh kvd processes that form one cluster, with their data below dir and with further flags,
+// and waits until every node answers a linearizable read of all keys.
+func StartKVD(ctx context.Context, binary, dir string, nodes int, flags ...string) (*Cluster, error) {
 	ports, err := FreeAddresses(2 * nodes)
 	if err != nil {
 		return nil, err
@@ -95,10 +95,13 @@ func StartKVD(ctx context.Context, binary, dir string, nodes int) (*Cluster, err
 	}
 	return start(ctx, nodes, func(i int) *process {
 		name := fmt.Sprintf("n%d", i+1)
-		return newProcess(dir, name, ports[i], exec.Command(binary, "start",
+		args := append([]string{
+			"start",
 			"--name", name, "--data-dir", filepath.Join(dir, name),
 			"--listen-client", ports[i], "--listen-peer", ports[nodes+i], "--listen-http", "none",
-			"--peers", strings.Join(peers, ","), "--log-level", "warn"))
+			"--peers", strings.Join(peers, ","), "--log-level", "warn",
+		}, flags...)
+		return newProcess(dir, name, ports[i], exec.Command(binary, args...))
 	})
 }
 
@@ -175,7 +178,7 @@ func (p *process) start() error {
 	return <-started
 }
 
-// waitReady returns when the node has answered a linearizable read.
+// waitReady returns when the node has answered a linearizable read of all keys, whatever shards they are in.
 func (p *process) waitReady(ctx context.Context) error {
 	conn, err := grpc.NewClient(p.endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -184,7 +187,7 @@ func (p *process) waitReady(ctx context.Context) error {
 	defer conn.Close()
 	for {
 		attempt, cancel := context.WithTimeout(ctx, 2*time.Second)
-		_, err := pb.NewKVClient(conn).Range(attempt, &pb.RangeRequest{Key: []byte("ready")})
+		_, err := pb.NewKVClient(conn).Range(attempt, &pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte{0}, CountOnly: true})
 		cancel()
 		if err == nil {
 			return nil

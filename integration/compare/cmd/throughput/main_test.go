@@ -8,12 +8,15 @@ import (
 )
 
 func TestComparesRealServers(t *testing.T) {
-	o := options{rounds: 1, nodes: 3, total: 300, clients: 10, conns: 10, keySize: 16, keySpace: 100, valueSize: 256, dir: t.TempDir()}
+	o := options{
+		rounds: 1, nodes: 3, total: 300, clients: 10, conns: 10, keySize: 16, keySpace: 100, valueSize: 256,
+		shards: 4, replicationFactor: 3, dir: t.TempDir(),
+	}
 	var out bytes.Buffer
 	if err := compare(t.Context(), &out, o); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"round 1  etcd", "round 1  kvd", "kvd/etcd"} {
+	for _, want := range []string{"round 1  etcd", "round 1  kvd full", "round 1  kvd consistent", "kvd consistent / kvd full"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in\n%s", want, out.String())
 		}
@@ -35,7 +38,7 @@ Latency distribution:
 
 func TestParse(t *testing.T) {
 	r, err := parse([]byte(sampleReport))
-	if err != nil || r.putsPerSecond != 6172.8395 || r.latencies[0] != "0.0134" || r.latencies[1] != "0.0329" {
+	if want := (result{perSecond: 6172.8395, p50: 13400 * time.Microsecond, p99: 32900 * time.Microsecond}); err != nil || r != want {
 		t.Errorf("%+v, %v", r, err)
 	}
 	for name, out := range map[string]string{
@@ -50,13 +53,44 @@ func TestParse(t *testing.T) {
 }
 
 func TestReportJudgesRounds(t *testing.T) {
-	etcd := &contestant{name: "etcd", results: []result{{putsPerSecond: 100, cpuPerPut: time.Millisecond}, {putsPerSecond: 10, cpuPerPut: time.Millisecond}}}
-	kvd := &contestant{name: "kvd", results: []result{{putsPerSecond: 150, cpuPerPut: time.Millisecond}, {putsPerSecond: 13, cpuPerPut: time.Millisecond}}}
-	var out bytes.Buffer
-	if err := report(&out, etcd, kvd, 1.39); err != nil || !strings.Contains(out.String(), "1.30    1.40  1.50") {
-		t.Errorf("%v\n%s", err, out.String())
+	results := func(rates ...float64) (all []result) {
+		for _, rate := range rates {
+			all = append(all, result{perSecond: rate, cpu: time.Millisecond})
+		}
+		return all
 	}
-	if report(&out, etcd, kvd, 1.41) == nil {
+	contestants := []*contestant{
+		{name: "etcd", puts: results(100, 10), gets: results(1, 1)},
+		{name: "full", puts: results(150, 13), gets: results(2, 2)},
+		{name: "consistent", puts: results(300, 39), gets: results(3, 3)},
+	}
+	var out bytes.Buffer
+	if err := report(&out, contestants, 1.39); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"full / etcd       1.30    1.40  1.50", "consistent / full       2.00    2.50  3.00", "consistent / full       1.50    1.50  1.50"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in\n%s", want, out.String())
+		}
+	}
+	if report(&out, contestants, 1.41) == nil {
 		t.Error("1.40 passes for 1.41")
+	}
+}
+
+func TestAtHome(t *testing.T) {
+	shard := func(state, leader string) string {
+		return `{"shards": [{"state": "ok", "leader": "n1", "target": [{"node": "n1"}, {"node": "n2"}]},
+			{"state": "` + state + `", "leader": "` + leader + `", "target": [{"node": "n2"}, {"node": "n1"}]}]}`
+	}
+	for out, want := range map[string]bool{
+		shard("ok", "n2"): true, shard("ok", "n1"): false, shard("moving", "n2"): false, shard("ok", ""): false, `{"shards": []}`: false,
+	} {
+		if got, err := atHome([]byte(out)); got != want || err != nil {
+			t.Errorf("%s: %v, %v", out, got, err)
+		}
+	}
+	if _, err := atHome([]byte("Error")); err == nil {
+		t.Error("no error")
 	}
 }
