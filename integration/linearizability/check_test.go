@@ -1,6 +1,7 @@
 package linearizability
 
 import (
+	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
@@ -270,5 +271,21 @@ func TestSummarize(t *testing.T) {
 	}
 	if _, ok := s.ChangesDuring["pause"]; !ok {
 		t.Error("a kind of fault without changes is missing")
+	}
+}
+
+// The file is what clients did to one key of a shard that stood still for two minutes: 89 of 130 operations are open.
+// Tried everywhere, they keep the search from an end.
+func TestManyOpenOutcomesAreDecided(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join("testdata", "many-open.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ops []Op
+	if err := json.Unmarshal(text, &ops); err != nil {
+		t.Fatal(err)
+	}
+	if err := Check(ops, Config{Dir: t.TempDir(), Timeout: 5 * time.Second}); err != nil {
+		t.Fatal(err)
 	}
 }
