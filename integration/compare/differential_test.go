@@ -31,7 +31,8 @@ func (p pair) ask(ctx context.Context, c call) (want answer, diff string) {
 		return want, difference(want, p.subject.ask(ctx, c))
 	}
 	for range maxStale {
-		if diff = p.askWithOwnRevisions(ctx, c, want); diff == "" || p.nodes == 1 || !mayBeStale(c.request) {
+		diff = p.askWithOwnRevisions(ctx, c, want)
+		if stale := p.nodes > 1 && mayBeStale(c.request); diff == "" || !stale && !p.revisions.outdated(ctx) {
 			break
 		}
 		time.Sleep(staleBackoff)

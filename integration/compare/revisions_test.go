@@ -24,6 +24,7 @@ type revisions struct {
 	spans  []span                               // by revision of the reference; the first one is not used
 
 	compacted struct{ reference, subject int64 }
+	judged    int64 // what was the subject's newest, if the last request named a revision just ahead of it
 }
 
 // span is the subject's revisions that have the state of one revision of the reference. It begins at low; first and
@@ -34,6 +35,9 @@ type span struct{ low, first, last int64 }
 // farRevision is how far ahead of the newest revision a request may be for it to be taken as an offset to it; what is
 // beyond is a limit of the type, and stays.
 const farRevision = 1 << 20
+
+// unreachable is more revisions than any test uses up.
+const unreachable = 1 << 40
 
 // newRevisions is for fresh servers.
 func newRevisions(latest func(context.Context) (int64, error)) *revisions {
@@ -50,6 +54,8 @@ func (r *revisions) newest() int64 { return int64(len(r.spans) - 1) }
 // request is a call with the subject's revisions in place of the reference's.
 func (r *revisions) request(ctx context.Context, c call) (call, error) {
 	var failed error
+	r.judged = 0
+	changes := mutates(c)
 	c.request = proto.Clone(c.request)
 	rewriteRevisions(c.request.ProtoReflect(), func(field string, revision int64) int64 {
 		if revision > 0 && revision <= r.newest() && (field == "revision" || strings.HasPrefix(field, "max_")) {
@@ -59,12 +65,27 @@ func (r *revisions) request(ctx context.Context, c call) (call, error) {
 		if err != nil {
 			failed = err
 		}
+		if ahead := revision - r.newest(); revision > 0 && ahead > 0 && ahead <= farRevision && !changes {
+			translated -= unreachable
+			r.judged = translated - ahead
+		}
 		return translated
 	})
 	return c, failed
 }
 
-// first is the subject's revision of a write. One that is yet to come stays as far ahead of the newest.
+// outdated tells whether the last request may have been refused, or not, because the newest revision had moved on
+// without a write: leaders that begin use some up. Only reads are so near to it.
+func (r *revisions) outdated(ctx context.Context) bool {
+	if r.judged == 0 {
+		return false
+	}
+	latest, err := r.latest(ctx)
+	return err == nil && latest != r.judged
+}
+
+// first is the subject's revision of a write; of one that is yet to come, as far ahead of what the subject won't reach
+// as it is ahead of the newest.
 func (r *revisions) first(ctx context.Context, revision int64) (int64, error) {
 	ahead := revision - r.newest()
 	switch {
@@ -75,7 +96,7 @@ func (r *revisions) first(ctx context.Context, revision int64) (int64, error) {
 	}
 	latest, err := r.latest(ctx)
 	r.extend(r.newest(), latest, false)
-	return latest + ahead, err
+	return unreachable + latest + ahead, err
 }
 
 // within is one of the subject's revisions with the state of the reference's. Where both were compacted, it is the one
