@@ -138,6 +138,7 @@ func (g *groups) scan() error {
 func (g *groups) run(ctx context.Context) {
 	settled := int64(-1) // revision of the map
 	said := ""
+	var led map[uint64]bool // as group 0's leader was told
 	for ctx.Err() == nil {
 		m, applied, err := g.n.localMap(ctx, settled)
 		if err == nil && m != nil {
@@ -153,6 +154,10 @@ func (g *groups) run(ctx context.Context) {
 			g.n.log.Warn("this node's replicas are not yet what the cluster map says", "error", err)
 		}
 		g.refreshUsable()
+		if now := g.led(); !maps.Equal(now, led) {
+			led = now
+			g.nudge()
+		}
 		g.n.awaitApplied(ctx, applied+1, usableInterval)
 	}
 }
@@ -218,9 +223,7 @@ func (g *groups) settle(ctx context.Context, m *placement.Map) error {
 	}
 	if len(missing)+len(surplus) > 0 {
 		g.refreshUsable()
-		if r := g.n.placement(); r != nil {
-			r.Nudge()
-		}
+		g.nudge()
 	}
 	return err
 }
@@ -376,6 +379,24 @@ func (g *groups) DiskFree() uint64 {
 }
 
 var _ placement.Host = (*groups)(nil)
+
+// led are the groups that this node leads and serves.
+func (g *groups) led() map[uint64]bool {
+	led := make(map[uint64]bool)
+	for key, replica := range g.Replicas() {
+		if replica.Serving() {
+			led[key.Group] = true
+		}
+	}
+	return led
+}
+
+// nudge has this node report now.
+func (g *groups) nudge() {
+	if r := g.n.placement(); r != nil {
+		r.Nudge()
+	}
+}
 
 // refreshUsable finds the replicas that can answer clients: members with a vote
 // and with state. The others' requests go to other nodes.
