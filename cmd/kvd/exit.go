@@ -116,6 +116,8 @@ func describe(cmd *cobra.Command, err error) string {
 		hint = "kvd status shows the newest revision"
 	case errors.Is(err, rpctypes.ErrTooManyRequests):
 		hint = "the server is overloaded and did nothing; try again later"
+	case grpcCode(err) == codes.ResourceExhausted && strings.Contains(text, "larger than max"):
+		hint = "a request may have 1.5 MiB"
 	case isUnavailable(err) && isCommand(cmd, "put", "del", "txn", "compaction"):
 		hint = "the write may or may not have happened: read the key before you try again (kvd status shows the nodes)"
 	case isUnavailable(err):

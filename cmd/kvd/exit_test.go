@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 func TestExitCodes(t *testing.T) {
@@ -106,5 +108,12 @@ func TestExitCodesAreDocumented(t *testing.T) {
 func TestDescribeIsOneLine(t *testing.T) {
 	if got := describe(nil, usagef("first\n\tsecond")); got != "first second" {
 		t.Errorf("described as %q", got)
+	}
+}
+
+func TestATooLargeRequestIsToldTheLimit(t *testing.T) {
+	err := status.Error(codes.ResourceExhausted, "trying to send message larger than max (3000011 vs. 2097152)")
+	if got := describe(nil, err); !strings.Contains(got, "1.5 MiB") {
+		t.Errorf("%q", got)
 	}
 }
