@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"kvd/fsm"
+	"kvd/shard/raftlog/raftlogtest"
 	"kvd/transport"
 )
 
@@ -100,7 +101,7 @@ func (c *cluster) start(name string, number int, bootstrap *raft.Configuration) 
 	id := c.id(name, number)
 	log := c.logs[string(id)]
 	if log == nil {
-		log = &testLog{InmemStore: raft.NewInmemStore()}
+		log = &testLog{Memory: raftlogtest.NewMemory()}
 		c.logs[string(id)] = log
 	}
 	cfg := Config{
@@ -108,7 +109,7 @@ func (c *cluster) start(name string, number int, bootstrap *raft.Configuration) 
 		NewTransport: func(install InstallFunc) (Transport, error) {
 			return node.Group(3, raft.ServerAddress(id), transport.InstallFunc(install))
 		},
-		OpenLog: func(guard func() uint64) (LogStore, error) { log.guard = guard; return log, nil },
+		OpenLog: func(guard func() uint64) (LogStore, error) { log.Guard(guard); return log, nil },
 		State:   fsm.Config{NoSync: true},
 		OnFatal: func(err error) { c.fatal.Store(&err) },
 	}
@@ -216,14 +217,11 @@ func (c *cluster) get(r *Replica, key string, index uint64) string {
 	return string(answer.Kvs[0].Value)
 }
 
-// testLog is a log in memory whose writes a test can hold up or count.
+// testLog is a log in memory that can fail, and counts.
 type testLog struct {
-	*raft.InmemStore
-	guard func() uint64
+	*raftlogtest.Memory
 
 	mu       sync.Mutex
-	until    time.Time
-	since    time.Time
 	resets   int
 	failWith error
 	unread   bool // reads of entries fail
@@ -245,46 +243,11 @@ func (l *testLog) GetLog(index uint64, entry *raft.Log) error {
 	return l.InmemStore.GetLog(index, entry)
 }
 
-func (l *testLog) stall(d time.Duration) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.until = time.Now().Add(d)
-}
-
-func (l *testLog) StoreLogs(entries []*raft.Log) error {
-	l.mu.Lock()
-	until := l.until
-	l.since = time.Now()
-	l.mu.Unlock()
-	time.Sleep(time.Until(until))
-	l.mu.Lock()
-	l.since = time.Time{}
-	l.mu.Unlock()
-	return l.InmemStore.StoreLogs(entries)
-}
-
-func (l *testLog) StoreLog(entry *raft.Log) error { return l.StoreLogs([]*raft.Log{entry}) }
-
-func (l *testLog) DeleteRange(first, last uint64) error {
-	if end, _ := l.LastIndex(); last < end {
-		last = min(last, l.guard())
-	}
-	if last < first {
-		return nil
-	}
-	return l.InmemStore.DeleteRange(first, last)
-}
-
 func (l *testLog) Reset() error {
 	l.mu.Lock()
 	l.resets++
 	l.mu.Unlock()
-	first, _ := l.FirstIndex()
-	last, _ := l.LastIndex()
-	if last == 0 {
-		return nil
-	}
-	return l.InmemStore.DeleteRange(first, last)
+	return l.Memory.Reset()
 }
 
 func (l *testLog) Err() error {
@@ -292,14 +255,3 @@ func (l *testLog) Err() error {
 	defer l.mu.Unlock()
 	return l.failWith
 }
-
-func (l *testLog) WriteStalled() time.Duration {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.since.IsZero() {
-		return 0
-	}
-	return time.Since(l.since)
-}
-
-func (l *testLog) Close() error { return nil }

@@ -15,6 +15,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
 	"kvd/fsm"
+	"kvd/shard/raftlog/raftlogtest"
 	"kvd/snapshot"
 )
 
@@ -91,7 +92,7 @@ func makeStream(t *testing.T, group, clusterID, index, term uint64) (*raft.Insta
 // given term, and no reachable peers: nothing but the test moves it.
 func (c *cluster) lone(first, last, term uint64) *Replica {
 	c.t.Helper()
-	log := &testLog{InmemStore: raft.NewInmemStore()}
+	log := &testLog{Memory: raftlogtest.NewMemory()}
 	for i := first; i <= last; i++ {
 		if err := log.InmemStore.StoreLog(logEntry(i, term, "old")); err != nil {
 			c.t.Fatal(err)
@@ -473,7 +474,7 @@ func TestLogAndStateAreMadeToFitAtStart(t *testing.T) {
 			if tc.state > 0 {
 				makeState(t, filepath.Join(dir, StateFile), 3, 7, tc.state, 3, "new")
 			}
-			log := &testLog{InmemStore: raft.NewInmemStore()}
+			log := &testLog{Memory: raftlogtest.NewMemory()}
 			for i := tc.first; i > 0 && i <= tc.last; i++ {
 				if err := log.InmemStore.StoreLog(logEntry(i, tc.logTerm, "old")); err != nil {
 					t.Fatal(err)
@@ -482,7 +483,7 @@ func TestLogAndStateAreMadeToFitAtStart(t *testing.T) {
 			err := Create(Config{
 				Group: 3, ClusterID: 7, Replica: "n1/1", Dir: dir, State: fsm.Config{NoSync: true},
 				NewTransport: func(InstallFunc) (Transport, error) { return nil, errors.New("not used") },
-				OpenLog:      func(guard func() uint64) (LogStore, error) { log.guard = guard; return log, nil },
+				OpenLog:      func(guard func() uint64) (LogStore, error) { log.Guard(guard); return log, nil },
 			})
 			if !errors.Is(err, tc.err) {
 				t.Fatalf("opened with %v, want %v", err, tc.err)
@@ -542,7 +543,7 @@ func TestALearnerCatchesUpByASnapshot(t *testing.T) {
 func TestAnInterruptedBootstrapIsFinished(t *testing.T) {
 	bubble(t, 0, nil, func(c *cluster) {
 		c.members = []string{"n1"}
-		log := &testLog{InmemStore: raft.NewInmemStore()}
+		log := &testLog{Memory: raftlogtest.NewMemory()}
 		if err := log.SetUint64([]byte("CurrentTerm"), 1); err != nil {
 			t.Fatal(err)
 		}
@@ -557,7 +558,7 @@ func TestAnInterruptedBootstrapIsFinished(t *testing.T) {
 func TestAReplicaThatHasRunIsNotBootstrapped(t *testing.T) {
 	bubble(t, 0, nil, func(c *cluster) {
 		c.members = []string{"n1"}
-		log := &testLog{InmemStore: raft.NewInmemStore()}
+		log := &testLog{Memory: raftlogtest.NewMemory()}
 		if err := log.SetUint64([]byte("CurrentTerm"), 2); err != nil {
 			t.Fatal(err)
 		}

@@ -272,7 +272,7 @@ func TestAStaleFloorIsTriedAgain(t *testing.T) {
 	bubble(t, 3, func(cfg *Config) { cfg.Sequencer, cfg.PipelineRequests = s, 1 }, func(c *cluster) {
 		name, leader := c.leader()
 		s.set(func(s *counter) { s.script = []int64{100, 50, 120} })
-		c.logs[name+"/1"].stall(time.Second) // keeps the first in flight when the second is proposed
+		c.logs[name+"/1"].Stall(time.Second) // keeps the first in flight when the second is proposed
 		var all sync.WaitGroup
 		for i := range 2 {
 			all.Go(func() { c.mustPut(leader, fmt.Sprint("k", i), "v") })
@@ -319,7 +319,7 @@ func TestARefusedRequestIsNotTriedAgainWhenItsCallerHasLeft(t *testing.T) {
 	sequenced(t, s, Faults{}, func(c *cluster) {
 		name, leader := c.leader()
 		restore := wrongTerm(leader.life.Load())
-		c.logs[name+"/1"].stall(time.Second)
+		c.logs[name+"/1"].Stall(time.Second)
 		short, cancel := within(500 * time.Millisecond)
 		defer cancel()
 		if _, err := putAt(short, leader, "k", "gone"); !errors.Is(err, ErrUnknownOutcome) {
@@ -414,7 +414,7 @@ func TestReadsWaitForEntriesInFlight(t *testing.T) {
 		sequenced(t, s, Faults{ReadBeforeReserved: fault}, func(c *cluster) {
 			name, leader := c.leader()
 			c.mustPut(leader, "k", "old")
-			c.logs[name+"/1"].stall(time.Second)
+			c.logs[name+"/1"].Stall(time.Second)
 			var all sync.WaitGroup
 			all.Go(func() { c.mustPut(leader, "k", "new") })
 			time.Sleep(100 * time.Millisecond)
@@ -560,7 +560,7 @@ func TestSnapshotsAreComplete(t *testing.T) {
 				name, leader := c.leader()
 				c.mustPut(leader, "k", "old")
 				c.mustPut(leader, "l", "old")
-				c.logs[name+"/1"].stall(time.Second)
+				c.logs[name+"/1"].Stall(time.Second)
 				var all sync.WaitGroup
 				all.Go(func() { c.mustPut(leader, "k", "new") }) // in flight
 				time.Sleep(10 * time.Millisecond)
@@ -595,7 +595,7 @@ func TestAnIsolatedLeaderAnswersNoSnapshot(t *testing.T) {
 		name, leader := c.leader()
 		c.mustPut(leader, "k", "old")
 		c.network.Isolate(name)
-		c.logs[name+"/1"].stall(20 * time.Second)
+		c.logs[name+"/1"].Stall(20 * time.Second)
 		go func() { _ = put(leader, "k", "lost") }()
 		_, next := c.leader(name)
 		c.mustPut(next, "k", "new")

@@ -62,7 +62,7 @@ func TestAnIsolatedLeaderConfirmsNothing(t *testing.T) {
 		name, leader := c.leader()
 		c.mustPut(leader, "k", "old")
 		c.network.Isolate(name)
-		c.logs[name+"/1"].stall(20 * time.Second) // raft cannot even notice that its lease has run out
+		c.logs[name+"/1"].Stall(20 * time.Second) // raft cannot even notice that its lease has run out
 		write := make(chan error, 1)
 		go func() {
 			ctx, cancel := within(4 * time.Second)
@@ -95,7 +95,7 @@ func TestWithoutConfirmationAnIsolatedLeaderIsStale(t *testing.T) {
 		name, leader := c.leader()
 		c.mustPut(leader, "k", "old")
 		c.network.Isolate(name)
-		c.logs[name+"/1"].stall(20 * time.Second)
+		c.logs[name+"/1"].Stall(20 * time.Second)
 		go func() { _ = put(leader, "k", "lost") }()
 		_, next := c.leader(name)
 		c.mustPut(next, "k", "new")
@@ -226,7 +226,7 @@ func TestErrorsOfRaftAreClassified(t *testing.T) {
 func TestOverloadSheds(t *testing.T) {
 	bubble(t, 3, func(c *Config) { c.MaxQueueBytes = 4 << 10; c.MaxBatchBytes = 1 << 10 }, func(c *cluster) {
 		name, leader := c.leader()
-		c.logs[name+"/1"].stall(3 * time.Second)
+		c.logs[name+"/1"].Stall(3 * time.Second)
 		var mu sync.Mutex
 		got := make(map[error]int)
 		var all sync.WaitGroup
@@ -257,7 +257,7 @@ func TestAnAbandonedRequestIsNotProposed(t *testing.T) {
 	bubble(t, 3, func(c *Config) { c.MaxInflight = 1 }, func(c *cluster) {
 		name, leader := c.leader()
 		c.mustPut(leader, "k", "first")
-		c.logs[name+"/1"].stall(3 * time.Second)
+		c.logs[name+"/1"].Stall(3 * time.Second)
 		go func() { _ = put(leader, "other", "x") }() // takes the only slot
 		time.Sleep(100 * time.Millisecond)
 		ctx, cancel := within(time.Second)
@@ -278,7 +278,7 @@ func TestAnAbandonedRequestIsNotProposed(t *testing.T) {
 func TestAStalledDiskSilencesTheLeader(t *testing.T) {
 	bubble(t, 3, nil, func(c *cluster) {
 		name, leader := c.leader()
-		c.logs[name+"/1"].stall(15 * time.Second)
+		c.logs[name+"/1"].Stall(15 * time.Second)
 		go func() { _ = put(leader, "k", "v") }()
 		_, next := c.leader(name)
 		c.mustPut(next, "k", "next")
@@ -292,7 +292,7 @@ func TestAStalledDiskSilencesTheLeader(t *testing.T) {
 func TestADiskStalledForGoodEndsTheProcess(t *testing.T) {
 	bubble(t, 3, nil, func(c *cluster) {
 		name, leader := c.leader()
-		c.logs[name+"/1"].stall(45 * time.Second)
+		c.logs[name+"/1"].Stall(45 * time.Second)
 		go func() { _ = put(leader, "k", "v") }()
 		time.Sleep(50 * time.Second)
 		if c.fatal.Swap(nil) == nil {

@@ -27,7 +27,7 @@ func TestReadsDuringADiskStallDoNotFillRaftsChannel(t *testing.T) {
 			read <- err
 		}()
 		time.Sleep(10 * time.Millisecond) // raft has asked for votes and gets none
-		c.logs[name+"/1"].stall(20 * time.Second)
+		c.logs[name+"/1"].Stall(20 * time.Second)
 		go func() { _ = put(leader, "k", "lost") }()
 		time.Sleep(4 * time.Second)
 		c.leader(name) // an election may need more than one attempt
@@ -44,7 +44,7 @@ func TestReadsDuringADiskStallDoNotFillRaftsChannel(t *testing.T) {
 func TestCloseDuringADiskStallAnswersEverything(t *testing.T) {
 	bubble(t, 3, nil, func(c *cluster) {
 		name, leader := c.leader()
-		c.logs[name+"/1"].stall(20 * time.Second)
+		c.logs[name+"/1"].Stall(20 * time.Second)
 		answers := make(chan error, 20)
 		for range cap(answers) {
 			go func() { answers <- put(leader, "k", "v") }()

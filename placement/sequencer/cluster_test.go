@@ -19,6 +19,7 @@ import (
 
 	"kvd/fsm"
 	"kvd/shard"
+	"kvd/shard/raftlog/raftlogtest"
 	"kvd/transport"
 )
 
@@ -36,7 +37,7 @@ type cluster struct {
 
 	mu    sync.Mutex
 	nodes map[string]*node
-	logs  map[string]*memoryLog
+	logs  map[string]*raftlogtest.Memory
 	fatal atomic.Pointer[error]
 }
 
@@ -62,7 +63,7 @@ func bubble(t *testing.T, c *cluster, test func(c *cluster)) {
 
 func (c *cluster) run(test func(c *cluster)) {
 	c.network = transport.NewMemoryNetwork()
-	c.nodes, c.logs = make(map[string]*node), make(map[string]*memoryLog)
+	c.nodes, c.logs = make(map[string]*node), make(map[string]*raftlogtest.Memory)
 	for _, name := range names {
 		c.start(name)
 	}
@@ -119,7 +120,7 @@ func (c *cluster) open(n *node, group uint64, client *Client) *shard.Replica {
 		NewTransport: func(install shard.InstallFunc) (shard.Transport, error) {
 			return n.transport.Group(group, raft.ServerAddress(id), transport.InstallFunc(install))
 		},
-		OpenLog: func(guard func() uint64) (shard.LogStore, error) { log.guard = guard; return log, nil },
+		OpenLog: func(guard func() uint64) (shard.LogStore, error) { log.Guard(guard); return log, nil },
 		State:   fsm.Config{NoSync: true},
 		// Who was away for long gets a snapshot, and its replica a new life.
 		SnapshotEntries: 100, TrailingEntries: 20,
@@ -137,12 +138,12 @@ func (c *cluster) open(n *node, group uint64, client *Client) *shard.Replica {
 }
 
 // log is the log of a replica, which outlives it.
-func (c *cluster) log(name string, group uint64) *memoryLog {
+func (c *cluster) log(name string, group uint64) *raftlogtest.Memory {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	key := fmt.Sprint(name, "/", group)
 	if c.logs[key] == nil {
-		c.logs[key] = &memoryLog{InmemStore: raft.NewInmemStore()}
+		c.logs[key] = raftlogtest.NewMemory()
 	}
 	return c.logs[key]
 }
@@ -258,64 +259,3 @@ func get(ctx context.Context, r *shard.Replica, index uint64, at int64, keys ...
 	}
 	return rows, nil
 }
-
-// memoryLog is a log in memory whose writes a test can hold up.
-type memoryLog struct {
-	*raft.InmemStore
-	guard func() uint64
-
-	mu    sync.Mutex
-	until time.Time
-	since time.Time
-}
-
-func (l *memoryLog) stall(d time.Duration) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.until = time.Now().Add(d)
-}
-
-func (l *memoryLog) StoreLogs(entries []*raft.Log) error {
-	l.mu.Lock()
-	until := l.until
-	l.since = time.Now()
-	l.mu.Unlock()
-	time.Sleep(time.Until(until))
-	l.mu.Lock()
-	l.since = time.Time{}
-	l.mu.Unlock()
-	return l.InmemStore.StoreLogs(entries)
-}
-
-func (l *memoryLog) StoreLog(entry *raft.Log) error { return l.StoreLogs([]*raft.Log{entry}) }
-
-func (l *memoryLog) DeleteRange(first, last uint64) error {
-	if end, _ := l.LastIndex(); last < end {
-		last = min(last, l.guard())
-	}
-	if last < first {
-		return nil
-	}
-	return l.InmemStore.DeleteRange(first, last)
-}
-
-func (l *memoryLog) Reset() error {
-	first, _ := l.FirstIndex()
-	last, _ := l.LastIndex()
-	if last == 0 {
-		return nil
-	}
-	return l.InmemStore.DeleteRange(first, last)
-}
-
-func (l *memoryLog) WriteStalled() time.Duration {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.since.IsZero() {
-		return 0
-	}
-	return time.Since(l.since)
-}
-
-func (l *memoryLog) Err() error   { return nil }
-func (l *memoryLog) Close() error { return nil }

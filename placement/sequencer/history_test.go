@@ -374,10 +374,10 @@ func (c *clients) disturb(r *rand.Rand) {
 		time.Sleep(d)
 		c.network.Heal(n.name, other.name)
 	case 5: // a disk that stalls, long enough for others to be elected at times
-		c.log(n.name, uint64(group)).stall(2 * d)
+		c.log(n.name, uint64(group)).Stall(2 * d)
 		time.Sleep(d)
 	case 6: // a disk that is slow
-		c.log(n.name, uint64(group)).stall(time.Duration(10+r.IntN(200)) * time.Millisecond)
+		c.log(n.name, uint64(group)).Stall(time.Duration(10+r.IntN(200)) * time.Millisecond)
 	case 7:
 		c.network.DropAll(n.name)
 	case 8:
@@ -385,7 +385,7 @@ func (c *clients) disturb(r *rand.Rand) {
 	case 9, 10: // group 0's leader does not notice that another one is elected
 		for _, n := range c.up() {
 			if n.replicas[0].Serving() {
-				c.log(n.name, 0).stall(14 * time.Second)
+				c.log(n.name, 0).Stall(14 * time.Second)
 				c.all.Go(func() {
 					ctx, cancel := within(time.Second)
 					defer cancel()

@@ -105,7 +105,7 @@ func TestWindowsAreMadeReadyAhead(t *testing.T) {
 		time.Sleep(time.Second)
 		for range 20 {
 			before := replica.Status().LastLogIndex
-			c.log(leader.name, 0).stall(time.Second)
+			c.log(leader.name, 0).Stall(time.Second)
 			start := time.Now()
 			reserve(t, leader, 200)
 			if took := time.Since(start); took > 100*time.Millisecond {
@@ -178,7 +178,7 @@ func zombie(c *cluster) (leader *node) {
 	old := c.lead(0, "n1")
 	reserve(c.t.(*testing.T), c.nodes["n1"], 1)
 	time.Sleep(time.Second)
-	c.log("n1", 0).stall(25 * time.Second)
+	c.log("n1", 0).Stall(25 * time.Second)
 	go func() { // gets it stuck
 		ctx, cancel := within(20 * time.Second)
 		defer cancel()

@@ -1,5 +1,5 @@
 // Package raftlogtest is the contract between raft and a store of its log and votes, as tests that any such
-// store has to pass.
+// store has to pass, and a store in memory for tests of what stands on one.
 package raftlogtest
 
 import (
