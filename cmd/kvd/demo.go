@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"kvd/bench/local"
 	"kvd/node"
 )
 
@@ -107,15 +108,13 @@ func (o *demoOptions) run(ctx context.Context, out io.Writer, strategy string, l
 		return err
 	}
 	size := map[string]int{node.StrategyFull: 3, node.StrategyConsistent: 5}[strategy]
-	nodes, err := newDemoNodes(cmp.Or(o.nodes, size), dir)
+	cluster, err := local.New(cmp.Or(o.nodes, size), dir)
 	if err != nil {
 		return errors.Join(err, os.RemoveAll(dir))
 	}
-	d := &demo{out: out, nodes: nodes, start: time.Now()}
+	d := &demo{Cluster: cluster, out: out, start: time.Now()}
 	defer func() {
-		for _, n := range d.nodes {
-			n.kill()
-		}
+		d.Close()
 		switch {
 		case ctx.Err() != nil && err != nil && !errors.Is(err, errDataLost):
 			fmt.Fprintln(out)
@@ -181,8 +180,8 @@ or look at this cluster while it runs:
 
 // stay leaves the nodes running until ctx ends.
 func (d *demo) stay(ctx context.Context) error {
-	self, endpoints, more := programName(), strings.Join(d.endpoints(), ","), ""
-	if len(d.flags) > 0 {
+	self, endpoints, more := programName(), strings.Join(d.Endpoints(), ","), ""
+	if len(d.Flags) > 0 {
 		more = " && " + self + " shards"
 	}
 	fmt.Fprintf(d.out, `
@@ -192,14 +191,14 @@ The nodes stay until Ctrl-C. Talk to them from another terminal:
   %[1]s status%[6]s
   kill -9 %[3]d          # %[4]s
 Their data and logs are in %[5]s
-`, self, endpoints, d.nodes[0].process.Process.Pid, d.nodes[0].name, filepath.Dir(d.nodes[0].dir), more)
+`, self, endpoints, d.Nodes[0].Pid(), d.Nodes[0].Name, filepath.Dir(d.Nodes[0].Dir), more)
 	<-ctx.Done()
 	fmt.Fprintln(d.out, "\nstopping the nodes")
-	for _, n := range d.nodes {
-		n.terminate()
+	for _, n := range d.Nodes {
+		n.Terminate()
 	}
-	for _, n := range d.nodes {
-		n.await(10 * time.Second)
+	for _, n := range d.Nodes {
+		n.Await(10 * time.Second)
 	}
 	return nil
 }

@@ -4,19 +4,25 @@ import (
 	"context"
 	"errors"
 	"io"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"kvd/bench/local"
 )
+
+// demoOf is a demo of one node that is somebody else's.
+func demoOf(address string) *demo {
+	return &demo{Cluster: &local.Cluster{Nodes: []*local.Node{local.Given("n1", address)}}, out: io.Discard, start: time.Now()}
+}
 
 // A demo whose cluster forgets an acknowledged write says so, and its exit code, too.
 func TestDemoSeesLoss(t *testing.T) {
 	for _, forget := range []string{"", "demo/000017"} {
 		f := startFake(t)
 		f.forget = forget
-		d := &demo{out: io.Discard, nodes: []*demoNode{{name: "n1", client: f.addr, exited: make(chan struct{})}}, start: time.Now()}
+		d := demoOf(f.addr)
 		if err := d.write(t.Context(), 50); err != nil {
 			t.Fatal(err)
 		}
@@ -32,7 +38,7 @@ func TestDemoSeesLoss(t *testing.T) {
 
 func TestDemoSeesWrongValues(t *testing.T) {
 	f := startFake(t)
-	d := &demo{out: io.Discard, nodes: []*demoNode{{name: "n1", client: f.addr, exited: make(chan struct{})}}, start: time.Now()}
+	d := demoOf(f.addr)
 	if err := d.write(t.Context(), 5); err != nil {
 		t.Fatal(err)
 	}
@@ -46,7 +52,7 @@ func TestDemoSeesWrongValues(t *testing.T) {
 func TestDemoRemembersAcknowledgedWritesOnly(t *testing.T) {
 	f := startFake(t)
 	f.fail = errTest
-	d := &demo{out: io.Discard, nodes: []*demoNode{{name: "n1", client: f.addr, exited: make(chan struct{})}}, start: time.Now()}
+	d := demoOf(f.addr)
 	if err := d.write(t.Context(), 5); err == nil {
 		t.Error("writes that all failed are a success")
 	}
@@ -79,35 +85,6 @@ func TestEach(t *testing.T) {
 	}
 }
 
-func TestDemoNodes(t *testing.T) {
-	nodes, err := newDemoNodes(3, "/tmp/x")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var addresses []string
-	for _, n := range nodes {
-		addresses = append(addresses, n.client, n.peer, n.http)
-		if n.running() {
-			t.Errorf("%s runs before it was started", n.name)
-		}
-	}
-	slices.Sort(addresses)
-	if len(slices.Compact(addresses)) != 9 {
-		t.Errorf("addresses are used twice: %v", addresses)
-	}
-	d := &demo{nodes: nodes}
-	if got, want := d.peers(), "n1="+nodes[0].peer+",n2="+nodes[1].peer+",n3="+nodes[2].peer; got != want {
-		t.Errorf("peers %q, want %q", got, want)
-	}
-}
-
-func TestChildrenAreNotConfiguredByAccident(t *testing.T) {
-	got := withoutSettings([]string{"PATH=/bin", "KVD_NAME=other", "KVDX=1", "KVD_CONFIG=x"})
-	if strings.Join(got, " ") != "PATH=/bin KVDX=1" {
-		t.Errorf("children get %v", got)
-	}
-}
-
 func TestDemoStrategies(t *testing.T) {
 	for _, c := range []struct {
 		o    demoOptions
@@ -135,7 +112,7 @@ func TestDemoSeesLossAcrossShards(t *testing.T) {
 	for _, forget := range []string{"", "demo/000017"} {
 		f := startFake(t)
 		f.forget = forget
-		d := newShardedDemo(&demo{out: io.Discard, nodes: []*demoNode{{name: "n1", client: f.addr, exited: make(chan struct{})}}, start: time.Now()})
+		d := newShardedDemo(demoOf(f.addr))
 		if err := d.write(t.Context(), 50); err != nil {
 			t.Fatal(err)
 		}
@@ -145,28 +122,8 @@ func TestDemoSeesLossAcrossShards(t *testing.T) {
 	}
 }
 
-func TestDemoKnowsWhereShardsAre(t *testing.T) {
-	view := overviewOf(testView())
-	d := newShardedDemo(&demo{})
-	d.home = map[int][]string{0: {"n1", "n2"}, 1: {"n1"}, 2: {"n1"}}
-	if got := strings.Join(dataNodes(view.Shards[1]), " "); got != "n1" { // one is down, one has no vote yet
-		t.Errorf("live copies are on %q", got)
-	}
-	if got := shardsPerNode(view); got != "n1 has 2, n2 has 1" {
+func TestDemoCountsShards(t *testing.T) {
+	if got := shardsPerNode(testView()); got != "n1 has 2, n2 has 1" {
 		t.Errorf("shards per node: %s", got)
-	}
-	if got := d.away(view); got != demoShards-2 {
-		t.Errorf("%d shards are not home", got)
-	}
-	if err := allOK(view); err == nil {
-		t.Error("a shard that moves is at rest")
-	}
-	view.Shards = view.Shards[:1]
-	if err := allOK(view); err != nil {
-		t.Error(err)
-	}
-	view.Shards = nil
-	if err := allOK(view); err == nil {
-		t.Error("no shards at all are at rest")
 	}
 }

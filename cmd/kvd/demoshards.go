@@ -12,8 +12,8 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"kvd/bench/local"
 	"kvd/node"
-	"kvd/placement"
 	"kvd/server/kvdpb"
 )
 
@@ -29,14 +29,14 @@ const (
 // shardedDemo is a demo of the strategy that spreads keys over shards.
 type shardedDemo struct {
 	*demo
-	probes []string         // of each shard a key
-	home   map[int][]string // of each shard the nodes that had its data at first
+	probes []string           // of each shard a key
+	home   map[int32][]string // of each shard the nodes that had its data at first
 
 	allServe, redistributed, cameHome time.Duration // how long it took
 }
 
 func newShardedDemo(d *demo) *shardedDemo {
-	d.flags = []string{
+	d.Flags = []string{
 		"--strategy", node.StrategyConsistent, "--shards", fmt.Sprint(demoShards),
 		"--replication-factor", fmt.Sprint(demoCopies), "--down-after", demoDownAfter.String(),
 	}
@@ -45,7 +45,7 @@ func newShardedDemo(d *demo) *shardedDemo {
 
 // steps runs the demo; all nodes run in the end. An errDataLost means what it says.
 func (d *shardedDemo) steps(ctx context.Context) error {
-	fmt.Fprintf(d.out, "kvd demo, strategy consistent: %d nodes on this machine share %d shards, %d copies of each\n\n", len(d.nodes), demoShards, demoCopies)
+	fmt.Fprintf(d.out, "kvd demo, strategy consistent: %d nodes on this machine share %d shards, %d copies of each\n\n", len(d.Nodes), demoShards, demoCopies)
 	if err := d.form(ctx); err != nil {
 		return err
 	}
@@ -55,7 +55,7 @@ func (d *shardedDemo) steps(ctx context.Context) error {
 	if err := d.write(ctx, demoPairs); err != nil {
 		return err
 	}
-	if err := d.readBack(ctx, "through all nodes", d.endpoints()...); err != nil {
+	if err := d.readBack(ctx, "through all nodes", d.Endpoints()...); err != nil {
 		return err
 	}
 	if err := d.readAcross(ctx); err != nil {
@@ -75,31 +75,21 @@ func (d *shardedDemo) steps(ctx context.Context) error {
 	return d.comeHome(ctx, lost, second)
 }
 
-// view asks where the shards are.
-func (d *shardedDemo) view(ctx context.Context) (placement.Overview, error) {
-	o := d.options()
-	o.endpoints = d.endpoints()
-	return o.overview(ctx)
-}
-
 // spread waits until every shard is where it belongs, and shows where that is.
 func (d *shardedDemo) spread(ctx context.Context) error {
-	var view placement.Overview
-	err := d.until(ctx, "wait for all shards", d.nodes, func(ctx context.Context) (err error) {
-		if view, err = d.view(ctx); err != nil {
+	var view *kvdpb.ShardsResponse
+	err := d.until(ctx, "wait for all shards", d.Nodes, func(ctx context.Context) (err error) {
+		if view, err = d.Shards(ctx); err != nil {
 			return err
 		}
-		return allOK(view)
+		return local.AllOK(view)
 	})
 	if err != nil {
 		return err
 	}
-	d.home = make(map[int][]string)
-	for _, s := range view.Shards {
-		d.home[s.Number] = dataNodes(s)
-	}
+	d.home = local.Homes(view)
 	d.say("the shards are spread: %s", shardsPerNode(view))
-	if err := d.findProbes(ctx); err != nil {
+	if d.probes, err = d.Probes(ctx, demoPrefix+"probe/", demoShards); err != nil {
 		return err
 	}
 	key := fmt.Sprintf("%s%06d", demoPrefix, 0)
@@ -111,36 +101,11 @@ func (d *shardedDemo) spread(ctx context.Context) error {
 	return nil
 }
 
-// allOK is an error unless all shards are at rest.
-func allOK(view placement.Overview) error {
-	rest := 0
-	for _, s := range view.Shards {
-		if s.State == stateOK {
-			rest++
-		}
-	}
-	if rest == 0 || rest < len(view.Shards) {
-		return fmt.Errorf("%d of %d shards are ok", rest, demoShards)
-	}
-	return nil
-}
-
-// dataNodes are the nodes that live and have the data of a shard and a vote, in order.
-func dataNodes(s placement.ShardOverview) (nodes []string) {
-	for _, r := range s.Replicas {
-		if r.Role == placement.Data && r.State == replicaVoter && r.Alive {
-			nodes = append(nodes, r.Node)
-		}
-	}
-	slices.Sort(nodes)
-	return nodes
-}
-
 // shardsPerNode counts the live copies on each node.
-func shardsPerNode(view placement.Overview) string {
+func shardsPerNode(view *kvdpb.ShardsResponse) string {
 	count := make(map[string]int)
-	for _, s := range view.Shards {
-		for _, name := range dataNodes(s) {
+	for _, s := range view.GetShards() {
+		for _, name := range local.DataNodes(s) {
 			count[name]++
 		}
 	}
@@ -151,43 +116,18 @@ func shardsPerNode(view placement.Overview) string {
 	return strings.Join(list, ", ")
 }
 
-func (d *shardedDemo) locate(ctx context.Context, key string) (shard int, err error) {
-	o := d.options()
-	o.endpoints = d.endpoints()
-	err = o.admin(ctx, func(ctx context.Context, c kvdpb.AdminClient) error {
-		at, err := c.Locate(ctx, &kvdpb.LocateRequest{Key: []byte(key)})
-		shard = int(at.GetShard())
+func (d *shardedDemo) locate(ctx context.Context, key string) (shard int32, err error) {
+	err = d.With(func(client *clientv3.Client) error {
+		at, err := adminOf(client).Locate(ctx, &kvdpb.LocateRequest{Key: []byte(key)})
+		shard = at.GetShard()
 		return err
 	})
 	return shard, err
 }
 
-// findProbes finds a key for each shard.
-func (d *shardedDemo) findProbes(ctx context.Context) error {
-	o := d.options()
-	o.endpoints = d.endpoints()
-	d.probes = make([]string, demoShards)
-	return o.admin(ctx, func(ctx context.Context, c kvdpb.AdminClient) error {
-		for i, found := 0, 0; found < demoShards; i++ {
-			key := fmt.Sprintf("%sprobe/%03d", demoPrefix, i)
-			at, err := c.Locate(ctx, &kvdpb.LocateRequest{Key: []byte(key)})
-			if err != nil {
-				return err
-			}
-			if shard := int(at.GetShard()); shard >= demoShards {
-				return fmt.Errorf("key %s is in shard %d of %d", key, shard, demoShards)
-			} else if d.probes[shard] == "" {
-				d.probes[shard] = key
-				found++
-			}
-		}
-		return nil
-	})
-}
-
 // readAcross reads all pairs at once. What is missing or different is an errDataLost.
 func (d *shardedDemo) readAcross(ctx context.Context) error {
-	client, err := d.options().connect(ctx, d.endpoints()...)
+	client, err := d.Connect()
 	if err != nil {
 		return err
 	}
@@ -215,27 +155,27 @@ func (d *shardedDemo) readAcross(ctx context.Context) error {
 }
 
 // loseForGood kills the node that leads group 0, which keeps the map, and waits until its copies are elsewhere.
-func (d *shardedDemo) loseForGood(ctx context.Context) (*demoNode, error) {
+func (d *shardedDemo) loseForGood(ctx context.Context) (*local.Node, error) {
 	lost, _, err := d.leader(ctx)
 	if err != nil {
 		return nil, err
 	}
 	led := 0
-	if view, err := d.view(ctx); err == nil {
-		for _, s := range view.Shards {
-			led += b2i(s.Leader == lost.name)
+	if view, err := d.Shards(ctx); err == nil {
+		for _, s := range view.GetShards() {
+			led += b2i(s.GetLeader() == lost.Name)
 		}
 	}
-	lost.kill()
+	lost.Kill()
 	killed := time.Now()
-	d.say("kill -9 %s, which leads %s and keeps the cluster map", lost.name, plural(led, "shard"))
+	d.say("kill -9 %s, which leads %s and keeps the cluster map", lost.Name, plural(led, "shard"))
 	first, err := d.writeAll(ctx, killed)
 	if err != nil {
 		return nil, err
 	}
 	d.allServe = time.Since(killed)
 	d.say("all %d shards take writes %s after the kill, the first one after %s", demoShards, short(d.allServe), short(first))
-	if err := d.readBack(ctx, "through the survivors", d.endpoints()...); err != nil {
+	if err := d.readBack(ctx, "through the survivors", d.Endpoints()...); err != nil {
 		return nil, err
 	}
 	view, err := d.awaitCopies(ctx, lost)
@@ -243,14 +183,14 @@ func (d *shardedDemo) loseForGood(ctx context.Context) (*demoNode, error) {
 		return nil, err
 	}
 	d.redistributed = time.Since(killed)
-	d.say("%s stayed away: %s after the kill every shard has %d live copies again", lost.name, short(d.redistributed), demoCopies)
+	d.say("%s stayed away: %s after the kill every shard has %d live copies again", lost.Name, short(d.redistributed), demoCopies)
 	d.say("the shards now: %s", shardsPerNode(view))
 	return lost, nil
 }
 
 // writeAll writes a key of each shard, all at once, each until it succeeds. first is when the first one did.
 func (d *shardedDemo) writeAll(ctx context.Context, since time.Time) (first time.Duration, err error) {
-	client, err := d.options().connect(ctx, d.endpoints()...)
+	client, err := d.Connect()
 	if err != nil {
 		return 0, err
 	}
@@ -272,21 +212,21 @@ func (d *shardedDemo) writeAll(ctx context.Context, since time.Time) (first time
 }
 
 // awaitCopies waits until every shard has all its copies on nodes that live: those of lost have been made elsewhere.
-func (d *shardedDemo) awaitCopies(ctx context.Context, lost *demoNode) (view placement.Overview, err error) {
+func (d *shardedDemo) awaitCopies(ctx context.Context, lost *local.Node) (view *kvdpb.ShardsResponse, err error) {
 	said, last := time.Now(), ""
-	err = d.within(ctx, demoMoveLimit, "make copies elsewhere", nil, func(ctx context.Context) (err error) {
-		if view, err = d.view(ctx); err != nil {
+	err = local.Until(ctx, demoMoveLimit, "make copies elsewhere", nil, func(ctx context.Context) (err error) {
+		if view, err = d.Shards(ctx); err != nil {
 			return err
 		}
 		short := 0
-		for _, s := range view.Shards {
-			short += b2i(len(dataNodes(s)) < demoCopies || slices.Contains(dataNodes(s), lost.name))
+		for _, s := range view.GetShards() {
+			short += b2i(len(local.DataNodes(s)) < demoCopies || slices.Contains(local.DataNodes(s), lost.Name))
 		}
-		if short == 0 && len(view.Shards) == demoShards {
+		if short == 0 && len(view.GetShards()) == demoShards {
 			return nil
 		}
 		err = fmt.Errorf("%d of %d shards have not", short, demoShards)
-		if now := fmt.Sprintf("%s is %s; %s lack a copy", lost.name, stateOf(view, lost.name), plural(short, "shard")); now != last && time.Since(said) >= demoSayEvery {
+		if now := fmt.Sprintf("%s is %s; %s lack a copy", lost.Name, stateOf(view, lost.Name), plural(short, "shard")); now != last && time.Since(said) >= demoSayEvery {
 			said, last = time.Now(), now
 			d.say("%s", now)
 		}
@@ -304,51 +244,51 @@ func pauseFor(ctx context.Context, err error) error {
 	return err
 }
 
-func stateOf(view placement.Overview, name string) string {
-	for _, n := range view.Nodes {
-		if n.Name == name {
-			return n.State
+func stateOf(view *kvdpb.ShardsResponse, name string) string {
+	for _, n := range view.GetNodes() {
+		if n.GetName() == name {
+			return n.GetState()
 		}
 	}
 	return "gone"
 }
 
 // loseSecond kills another node: with the first one gone, the new copies have to carry.
-func (d *shardedDemo) loseSecond(ctx context.Context) (*demoNode, error) {
-	var second *demoNode
-	for _, n := range d.nodes {
-		if n.running() {
+func (d *shardedDemo) loseSecond(ctx context.Context) (*local.Node, error) {
+	var second *local.Node
+	for _, n := range d.Nodes {
+		if n.Running() {
 			second = n
 		}
 	}
-	second.kill()
+	second.Kill()
 	killed := time.Now()
-	d.say("kill -9 %s, too", second.name)
+	d.say("kill -9 %s, too", second.Name)
 	if _, err := d.writeAll(ctx, killed); err != nil {
 		return nil, err
 	}
 	d.say("all %d shards take writes %s after the kill", demoShards, short(time.Since(killed)))
-	return second, d.readBack(ctx, "through the survivors", d.endpoints()...)
+	return second, d.readBack(ctx, "through the survivors", d.Endpoints()...)
 }
 
 // comeHome starts the killed nodes again and waits until all shards are where they were at first.
-func (d *shardedDemo) comeHome(ctx context.Context, nodes ...*demoNode) error {
+func (d *shardedDemo) comeHome(ctx context.Context, nodes ...*local.Node) error {
 	begin := time.Now()
 	for _, n := range nodes {
-		if err := d.run(n); err != nil {
+		if err := d.Start(n); err != nil {
 			return err
 		}
-		d.say("%s starts again (pid %d)", n.name, n.process.Process.Pid)
+		d.say("%s starts again (pid %d)", n.Name, n.Pid())
 	}
 	said := time.Now()
-	var view placement.Overview
-	err := d.within(ctx, demoMoveLimit, "bring the shards home", d.nodes, func(ctx context.Context) (err error) {
-		if view, err = d.view(ctx); err != nil {
+	var view *kvdpb.ShardsResponse
+	err := local.Until(ctx, demoMoveLimit, "bring the shards home", d.Nodes, func(ctx context.Context) (err error) {
+		if view, err = d.Shards(ctx); err != nil {
 			return err
 		}
-		away := d.away(view)
+		away := local.Away(view, d.home)
 		if away == 0 {
-			return allOK(view)
+			return local.AllOK(view)
 		}
 		if time.Since(said) >= demoSayEvery {
 			said = time.Now()
@@ -362,22 +302,11 @@ func (d *shardedDemo) comeHome(ctx context.Context, nodes ...*demoNode) error {
 	d.cameHome = time.Since(begin)
 	d.say("the keys are home: every shard is where it was, %s after the starts: %s", short(d.cameHome), shardsPerNode(view))
 	for _, n := range nodes {
-		if err := d.readBack(ctx, "through "+n.name, n.client); err != nil {
+		if err := d.readBack(ctx, "through "+n.Name, n.Client); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-// away counts the shards that are not where they were at first.
-func (d *shardedDemo) away(view placement.Overview) int {
-	away := demoShards
-	for _, s := range view.Shards {
-		if slices.Equal(dataNodes(s), d.home[s.Number]) {
-			away--
-		}
-	}
-	return away
 }
 
 func (d *shardedDemo) measurements() [][2]string {

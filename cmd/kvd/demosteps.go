@@ -5,13 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"kvd/bench/local"
 )
 
 // Sizes and limits of a demo.
@@ -25,9 +26,8 @@ const (
 
 // demo is a cluster of child processes and what has been done to it.
 type demo struct {
+	*local.Cluster
 	out      io.Writer
-	nodes    []*demoNode
-	flags    []string // of kvd start, the same for all nodes
 	start    time.Time
 	measured func() [][2]string // for the report: what was measured
 
@@ -40,21 +40,21 @@ type demo struct {
 
 // steps runs the demo. An errDataLost means what it says; with restore, all nodes run in the end.
 func (d *demo) steps(ctx context.Context, restore bool) error {
-	fmt.Fprintf(d.out, "kvd demo, strategy full: %d nodes on this machine, each a process of its own with every key\n\n", len(d.nodes))
+	fmt.Fprintf(d.out, "kvd demo, strategy full: %d nodes on this machine, each a process of its own with every key\n\n", len(d.Nodes))
 	if err := d.form(ctx); err != nil {
 		return err
 	}
 	if err := d.write(ctx, demoPairs); err != nil {
 		return err
 	}
-	if err := d.readBack(ctx, "through all nodes", d.endpoints()...); err != nil {
+	if err := d.readBack(ctx, "through all nodes", d.Endpoints()...); err != nil {
 		return err
 	}
 	lost, err := d.loseLeader(ctx)
 	if err != nil {
 		return err
 	}
-	if err := d.readBack(ctx, "through the survivors", d.endpoints()...); err != nil {
+	if err := d.readBack(ctx, "through the survivors", d.Endpoints()...); err != nil {
 		return err
 	}
 	if err := d.write(ctx, demoMore); err != nil {
@@ -67,7 +67,7 @@ func (d *demo) steps(ctx context.Context, restore bool) error {
 	if err != nil {
 		return err
 	}
-	if err := d.readBack(ctx, "through "+lost.name+" alone", lost.client); err != nil {
+	if err := d.readBack(ctx, "through "+lost.Name+" alone", lost.Client); err != nil {
 		return err
 	}
 	if restore {
@@ -81,107 +81,34 @@ func (d *demo) say(format string, args ...any) {
 	fmt.Fprintf(d.out, "%6.1f s  %s\n", time.Since(d.start).Seconds(), fmt.Sprintf(format, args...))
 }
 
-// endpoints are the client addresses of the nodes that run.
-func (d *demo) endpoints() (list []string) {
-	for _, n := range d.nodes {
-		if n.running() {
-			list = append(list, n.client)
-		}
-	}
-	return list
-}
-
-func (d *demo) peers() string {
-	var list []string
-	for _, n := range d.nodes {
-		list = append(list, n.name+"="+n.peer)
-	}
-	return strings.Join(list, ",")
-}
-
-// run starts a node.
-func (d *demo) run(n *demoNode) error {
-	return n.start(append([]string{"--peers", d.peers()}, d.flags...)...)
-}
-
-func (d *demo) options() *clientOptions {
-	o := &clientOptions{dialTimeout: 2 * time.Second, commandTimeout: 5 * time.Second, keepAlive: 2 * time.Second, keepAliveLimit: 6 * time.Second}
-	o.secure.InsecureTransport = true
-	return o
-}
-
 // until repeats try until it succeeds, a step's time is up, or a node that should run has ended.
-func (d *demo) until(ctx context.Context, what string, nodes []*demoNode, try func(context.Context) error) error {
-	return d.within(ctx, demoStepLimit, what, nodes, try)
-}
-
-func (d *demo) within(ctx context.Context, limit time.Duration, what string, nodes []*demoNode, try func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	for {
-		attempt, cancel := context.WithTimeout(ctx, 5*time.Second)
-		err := try(attempt)
-		cancel()
-		if err == nil {
-			return nil
-		}
-		for _, n := range nodes {
-			if ended := n.lastWords(); ended != nil {
-				return ended
-			}
-		}
-		select {
-		case <-time.After(20 * time.Millisecond):
-		case <-ctx.Done():
-			return fmt.Errorf("%s: not within %v: %s", what, limit, describe(nil, err))
-		}
-	}
+func (d *demo) until(ctx context.Context, what string, nodes []*local.Node, try func(context.Context) error) error {
+	return local.Until(ctx, demoStepLimit, what, nodes, try)
 }
 
 // form starts the nodes and waits until each of them answers.
 func (d *demo) form(ctx context.Context) error {
-	for _, n := range d.nodes {
-		if err := d.run(n); err != nil {
+	for _, n := range d.Nodes {
+		if err := d.Start(n); err != nil {
 			return err
 		}
-		fmt.Fprintf(d.out, "          %s  pid %-7d client %s\n", n.name, n.process.Process.Pid, n.client)
+		fmt.Fprintf(d.out, "          %s  pid %-7d client %s\n", n.Name, n.Pid(), n.Client)
 	}
-	for _, n := range d.nodes {
-		if err := d.serving(ctx, n); err != nil {
-			return err
-		}
+	if err := d.AwaitServing(ctx, demoStepLimit, demoPrefix, d.Nodes...); err != nil {
+		return err
 	}
 	leader, _, err := d.leader(ctx)
 	if err != nil {
 		return err
 	}
-	d.say("all %d serve; %s leads", len(d.nodes), leader.name)
+	d.say("all %d serve; %s leads", len(d.Nodes), leader.Name)
 	return nil
 }
 
-// serving waits until a node answers a linearizable read.
-func (d *demo) serving(ctx context.Context, n *demoNode) error {
-	return d.until(ctx, "wait for "+n.name, []*demoNode{n}, func(ctx context.Context) error {
-		client, err := d.options().connect(ctx, n.client)
-		if err != nil {
-			return err
-		}
-		defer client.Close()
-		_, err = client.Get(ctx, demoPrefix)
-		return err
-	})
-}
-
-// leader finds the running node that leads, and what it says about itself.
-func (d *demo) leader(ctx context.Context) (leader *demoNode, status *pb.StatusResponse, err error) {
-	err = d.until(ctx, "look for the leader", nil, func(ctx context.Context) error {
-		nodes, _ := d.options().ask(ctx, d.endpoints())
-		found, err := theLeader(nodes)
-		for _, n := range d.nodes {
-			if err == nil && n.client == found.endpoint {
-				leader, status = n, found.resp
-			}
-		}
+// leader waits for a node that leads, and returns it with what it says about itself.
+func (d *demo) leader(ctx context.Context) (leader *local.Node, status *pb.StatusResponse, err error) {
+	err = d.until(ctx, "look for the leader", nil, func(ctx context.Context) (err error) {
+		leader, status, err = d.Leader(ctx)
 		return err
 	})
 	return leader, status, err
@@ -208,7 +135,7 @@ func each(ctx context.Context, n int, work func(context.Context, int) error) err
 
 // write puts n new pairs through all running nodes.
 func (d *demo) write(ctx context.Context, n int) error {
-	client, err := d.options().connect(ctx, d.endpoints()...)
+	client, err := d.Connect()
 	if err != nil {
 		return err
 	}
@@ -260,7 +187,7 @@ func (d *demo) put(ctx context.Context, client *clientv3.Client, key string) err
 
 // readBack reads every acknowledged pair through endpoints. What is missing or different is an errDataLost.
 func (d *demo) readBack(ctx context.Context, through string, endpoints ...string) error {
-	client, err := d.options().connect(ctx, endpoints...)
+	client, err := d.Connect(endpoints...)
 	if err != nil {
 		return err
 	}
@@ -299,19 +226,19 @@ func (d *demo) readBack(ctx context.Context, through string, endpoints ...string
 }
 
 // loseLeader kills the leader and waits for the first write that succeeds after it.
-func (d *demo) loseLeader(ctx context.Context) (*demoNode, error) {
+func (d *demo) loseLeader(ctx context.Context) (*local.Node, error) {
 	leader, _, err := d.leader(ctx)
 	if err != nil {
 		return nil, err
 	}
-	client, err := d.options().connect(ctx, d.endpoints()...)
+	client, err := d.Connect()
 	if err != nil {
 		return nil, err
 	}
 	defer client.Close()
-	leader.kill()
+	leader.Kill()
 	killed := time.Now()
-	d.say("kill -9 %s, the leader", leader.name)
+	d.say("kill -9 %s, the leader", leader.Name)
 	if err := d.firstWrite(ctx, client); err != nil {
 		return nil, err
 	}
@@ -320,7 +247,7 @@ func (d *demo) loseLeader(ctx context.Context) (*demoNode, error) {
 	if err != nil {
 		return nil, err
 	}
-	d.say("a write succeeds %s after the kill; %s leads", short(d.failover), next.name)
+	d.say("a write succeeds %s after the kill; %s leads", short(d.failover), next.Name)
 	return leader, nil
 }
 
@@ -348,36 +275,36 @@ func (d *demo) firstWrite(ctx context.Context, client *clientv3.Client) error {
 }
 
 // recover starts a killed node again and waits until it has everything that the leader had then.
-func (d *demo) recover(ctx context.Context, n *demoNode) error {
+func (d *demo) recover(ctx context.Context, n *local.Node) error {
 	_, target, err := d.leader(ctx)
 	if err != nil {
 		return err
 	}
 	begin := time.Now()
-	if err := d.run(n); err != nil {
+	if err := d.Start(n); err != nil {
 		return err
 	}
-	d.say("%s starts again (pid %d)", n.name, n.process.Process.Pid)
-	var local int64
-	err = d.until(ctx, "wait for "+n.name, []*demoNode{n}, func(ctx context.Context) error {
-		client, err := d.options().connect(ctx, n.client)
+	d.say("%s starts again (pid %d)", n.Name, n.Pid())
+	var has int64
+	err = d.until(ctx, "wait for "+n.Name, []*local.Node{n}, func(ctx context.Context) error {
+		client, err := d.Connect(n.Client)
 		if err != nil {
 			return err
 		}
 		defer client.Close()
-		local, err = localPairs(ctx, client, n.client, target.GetRaftAppliedIndex())
+		has, err = localPairs(ctx, client, n.Client, target.GetRaftAppliedIndex())
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	if local < int64(len(d.acked)) {
-		return fmt.Errorf("%w: %s has %d of %d acknowledged writes after it caught up", errDataLost, n.name, local, len(d.acked))
+	if has < int64(len(d.acked)) {
+		return fmt.Errorf("%w: %s has %d of %d acknowledged writes after it caught up", errDataLost, n.Name, has, len(d.acked))
 	}
 	if d.recovery == 0 {
 		d.recovery = time.Since(begin)
 	}
-	d.say("%s has caught up, %s after its start: all %d pairs are in its own state", n.name, short(time.Since(begin)), len(d.acked))
+	d.say("%s has caught up, %s after its start: all %d pairs are in its own state", n.Name, short(time.Since(begin)), len(d.acked))
 	return nil
 }
 
@@ -398,22 +325,22 @@ func localPairs(ctx context.Context, client *clientv3.Client, endpoint string, i
 }
 
 // loseAnother kills a node other than spare: the leader, if that is one.
-func (d *demo) loseAnother(ctx context.Context, spare *demoNode) (*demoNode, error) {
+func (d *demo) loseAnother(ctx context.Context, spare *local.Node) (*local.Node, error) {
 	leader, _, err := d.leader(ctx)
 	if err != nil {
 		return nil, err
 	}
 	victim := leader
-	for _, n := range d.nodes {
+	for _, n := range d.Nodes {
 		if victim == spare {
 			victim = n
 		}
 	}
-	victim.kill()
+	victim.Kill()
 	role := "a follower"
 	if victim == leader {
 		role = "the leader"
 	}
-	d.say("kill -9 %s, %s", victim.name, role)
+	d.say("kill -9 %s, %s", victim.Name, role)
 	return victim, nil
 }
