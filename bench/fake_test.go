@@ -60,7 +60,9 @@ func (f *fake) options(w Workload) Options {
 	return Options{Endpoints: []string{"fake"}, Workload: w, Dial: f.dial, Clients: 4, Total: 200, Keys: 50}
 }
 
-func (f *fake) dial(ctx context.Context, _ string) (net.Conn, error) { return f.listener.DialContext(ctx) }
+func (f *fake) dial(ctx context.Context, _ string) (net.Conn, error) {
+	return f.listener.DialContext(ctx)
+}
 
 func (f *fake) header() *pb.ResponseHeader { return &pb.ResponseHeader{Revision: f.revision} }
 
