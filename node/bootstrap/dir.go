@@ -45,6 +45,16 @@ type identity struct {
 	Replica     string `json:"replica"`           // of group 0, once a member
 	Common
 	Founders []string `json:"founders"` // names of --peers and this node's, when it was last fresh
+	// Log is where the replicas' raft logs are: empty, a file each, or what SetLog was told.
+	Log string `json:"log,omitempty"`
+}
+
+// version is higher for what a kvd that knows no log but files would take for damaged.
+func (id identity) version() int {
+	if id.Log != "" {
+		return identityVersion
+	}
+	return formatVersion
 }
 
 func (id identity) validate() error {
@@ -53,6 +63,9 @@ func (id identity) validate() error {
 	}
 	if err := id.Common.validate(); err != nil {
 		return err
+	}
+	if len(id.Log) > MaxNameBytes {
+		return fmt.Errorf("%w: log %.100q", ErrInvalid, id.Log)
 	}
 	if id.Incarnation == 0 || (id.ClusterID == 0) != (id.Replica == "") {
 		return fmt.Errorf("%w: incomplete identity", ErrInvalid)
@@ -114,6 +127,30 @@ func open(path string, set Settings, f files) (*Dir, error) {
 		return nil, err
 	}
 	if err := d.load(); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+// OpenOffline opens and locks a directory that has been a node's, whatever its settings are, for a tool. Errors:
+// fs.ErrNotExist if there is none, and those of Open.
+func OpenOffline(path string) (*Dir, error) {
+	d := &Dir{path: path, files: files{dir: path}}
+	if _, err := os.Stat(filepath.Join(path, identityFile)); err != nil {
+		return nil, d.in(err)
+	}
+	if err := d.acquire(); err != nil {
+		return nil, err
+	}
+	err := d.files.read(identityFile, &d.id)
+	if err == nil {
+		d.set = Settings{Name: d.id.Name, Common: d.id.Common}
+		err = d.loadReplicas(true)
+	}
+	if err == nil {
+		err = d.loadRecord()
+	}
+	if err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
 	return d, nil
@@ -222,7 +259,7 @@ func (d *Dir) initialise() error {
 func (d *Dir) renew() error {
 	return d.setIdentity(identity{
 		Name: d.set.Name, Incarnation: randomID(),
-		Common: d.set.Common, Founders: d.set.names(),
+		Common: d.set.Common, Founders: d.set.names(), Log: d.id.Log,
 	})
 }
 
@@ -308,6 +345,37 @@ func (d *Dir) Close() error {
 	err := d.lock.Close()
 	d.lock = nil
 	return err
+}
+
+// Log is what SetLog was told last; empty if it never was.
+func (d *Dir) Log() string {
+	id, _ := d.state()
+	return id.Log
+}
+
+// SetLog notes where the replicas' raft logs are from now on. Empty is a file each, as in directories that were never
+// told; so is what a kvd reads that knows nothing else.
+func (d *Dir) SetLog(log string) error {
+	return d.change(func() error {
+		if d.id.Log == log {
+			return nil
+		}
+		id := d.id
+		id.Log = log
+		return d.setIdentity(id)
+	})
+}
+
+// Name is the node's.
+func (d *Dir) Name() string {
+	id, _ := d.state()
+	return id.Name
+}
+
+// Replica is this node's replica of group 0; empty while the node is no member.
+func (d *Dir) Replica() string {
+	id, _ := d.state()
+	return id.Replica
 }
 
 // Incarnation is the number of this life of the directory, never 0. It changes only while the node is no member.

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -181,7 +183,7 @@ func TestDirRefusesWhatIsDamagedOrForeign(t *testing.T) {
 		"identity empty":   {func(t *testing.T, path string) { os.Truncate(filepath.Join(path, identityFile), 0) }, ErrCorrupt},
 		"identity huge":    {func(t *testing.T, path string) { os.Truncate(filepath.Join(path, identityFile), maxFileBytes+1) }, ErrCorrupt},
 		"identity missing": {remove(identityFile), ErrCorrupt},
-		"identity newer":   {flip(identityFile, `"version": 1`, `"version": 2`), ErrVersion},
+		"identity newer":   {flip(identityFile, `"version": 1`, `"version": 3`), ErrVersion},
 		"identity foreign": {flip(identityFile, "kvd identity", "etcd member"), ErrCorrupt},
 		"record bit":       {flip(recordFile, `"cluster_id": "77"`, `"cluster_id": "78"`), ErrCorrupt},
 		"record newer":     {flip(recordFile, `"version": 1`, `"version": 9`), ErrVersion},
@@ -305,6 +307,7 @@ func TestDirSurvivesACrashAtEveryStep(t *testing.T) {
 		"rejoin":           {keep, rejoin, threeNodes("n2"), func(d *Dir) bool { return d.id.Replica == "n2/2" && d.record.ClusterID == 77 }},
 		"forget a replica": {func(d *Dir) error { return errors.Join(finish(d), d.MarkCreated(5, "n2/4")) }, func(d *Dir) error { return d.MarkDeleted(5, "n2/4") }, threeNodes("n2"), func(d *Dir) bool { return d.MayCreate(5, "n2/4") != nil && d.Replicas()[0].Through }},
 		"mark a replica":   {finish, func(d *Dir) error { return d.MarkCreated(0, "n2/1") }, threeNodes("n2"), func(d *Dir) bool { return d.MayCreate(0, "n2/1") != nil }},
+		"change the log":   {finish, func(d *Dir) error { return d.SetLog("shared") }, threeNodes("n2"), func(d *Dir) bool { return d.Log() == "shared" && d.id.ClusterID == 77 }},
 		"changed settings": {keep, keep, changed, func(d *Dir) bool { return d.id.Token == "changed" }},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -389,6 +392,48 @@ func TestSettingsValidate(t *testing.T) {
 	good := Settings{Name: "n1", Common: Common{Strategy: "full"}, Peers: map[string]string{"n1": "a:1", "n2": "b:1"}}
 	if err := good.Validate(); err != nil {
 		t.Error(err)
+	}
+}
+
+// What says where the logs are outlives the incarnation: they are open while a node that is no member yet starts a new
+// one. Only a directory that says it is of the version that an earlier kvd refuses.
+func TestTheLogIsRemembered(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "n2")
+	versionOf := func() string {
+		data, err := os.ReadFile(filepath.Join(path, identityFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(regexp.MustCompile(`"version": (\d)`).FindSubmatch(data)[1])
+	}
+	d := mustOpen(t, path, threeNodes("n2"))
+	if d.Log() != "" || versionOf() != "1" {
+		t.Errorf("a new directory has log %q, version %s", d.Log(), versionOf())
+	}
+	first := d.Incarnation()
+	if err := errors.Join(d.SetLog("shared"), d.hold(recordFor(d)), d.abandon()); err != nil {
+		t.Fatal(err)
+	}
+	if d.Log() != "shared" || d.Incarnation() == first || versionOf() != "2" {
+		t.Errorf("a new incarnation has log %q, version %s", d.Log(), versionOf())
+	}
+	mustClose(t, d)
+	d, err := OpenOffline(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenOffline(path); !errors.Is(err, ErrInUse) {
+		t.Errorf("opened twice: %v", err)
+	}
+	if d.Log() != "shared" || d.Name() != "n2" || d.Replica() != "" {
+		t.Errorf("offline: log %q of %s", d.Log(), d.Name())
+	}
+	if err := d.SetLog(""); err != nil || versionOf() != "1" {
+		t.Errorf("version %s, %v", versionOf(), err)
+	}
+	mustClose(t, d)
+	if _, err := OpenOffline(t.TempDir()); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("an empty directory: %v", err)
 	}
 }
 

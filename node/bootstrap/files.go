@@ -13,9 +13,10 @@ import (
 )
 
 const (
-	formatVersion = 1
-	maxFileBytes  = 16 << 20
-	tempSuffix    = ".tmp"
+	formatVersion   = 1
+	identityVersion = 2 // of an identity that says where the logs are
+	maxFileBytes    = 16 << 20
+	tempSuffix      = ".tmp"
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -131,7 +132,11 @@ func encodeFile(name string, body any) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	data, err := json.MarshalIndent(envelope{fileFormat(name), formatVersion, checksum(raw), raw}, "", "  ")
+	version := formatVersion
+	if id, ok := body.(identity); ok {
+		version = id.version()
+	}
+	data, err := json.MarshalIndent(envelope{fileFormat(name), version, checksum(raw), raw}, "", "  ")
 	if err == nil && len(data) >= maxFileBytes {
 		err = fmt.Errorf("%s would grow beyond %d bytes", name, maxFileBytes)
 	}
@@ -149,8 +154,12 @@ func decodeFile(name string, data []byte, body any) error {
 	if e.Format != fileFormat(name) {
 		return corrupt(name, fmt.Errorf("its format is %.40q, not %q", e.Format, fileFormat(name)))
 	}
-	if e.Version != formatVersion {
-		return fmt.Errorf("%w: %s has version %d, this kvd reads %d: start the kvd that wrote it", ErrVersion, name, e.Version, formatVersion)
+	newest := formatVersion
+	if name == identityFile {
+		newest = identityVersion
+	}
+	if e.Version < formatVersion || e.Version > newest {
+		return fmt.Errorf("%w: %s has version %d, this kvd reads up to %d: start the kvd that wrote it", ErrVersion, name, e.Version, newest)
 	}
 	var compact bytes.Buffer
 	if err := json.Compact(&compact, e.Body); err != nil {
