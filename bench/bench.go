@@ -13,6 +13,7 @@ import (
 	"math"
 	"net"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -194,11 +195,8 @@ func (o Options) Validate() error {
 
 func (o Options) validate() error {
 	w := o.Workload
-	between := func(what string, value, low, high int) error {
-		if value < low || value > high {
-			return fmt.Errorf("%s must be from %d to %d, not %d", what, low, high, value)
-		}
-		return nil
+	if err := o.checkBounds(); err != nil {
+		return err
 	}
 	switch {
 	case len(o.Endpoints) == 0 || slices.Contains(o.Endpoints, ""):
@@ -224,16 +222,29 @@ func (o Options) validate() error {
 	case o.Conns > o.Clients && w.Kind != Watch && o.Conns > len(o.Endpoints):
 		return fmt.Errorf("%d connections are more than %d clients can use", o.Conns, o.Clients)
 	}
-	digits := len(fmt.Sprint(o.Keys - 1))
-	return errors.Join(
-		between("clients", o.Clients, 1, MaxClients),
-		between("connections", o.Conns, 1, MaxConns),
-		between("keys", o.Keys, 1, MaxKeys),
-		between("the key size", o.KeyBytes, len(o.Prefix)+digits, MaxKeyBytes),
-		between("the value size", o.ValueBytes, 0, MaxValueBytes),
-		between("keys in a range", w.RangeKeys, 1, MaxRangeKeys),
-		between("watchers", w.Watchers, 1, MaxWatchers),
-	)
+	return nil
+}
+
+// checkBounds tells the first bound that is not kept.
+func (o Options) checkBounds() error {
+	digits := len(strconv.Itoa(o.Keys - 1))
+	for _, bound := range []struct {
+		what             string
+		value, low, high int
+	}{
+		{"clients", o.Clients, 1, MaxClients},
+		{"connections", o.Conns, 1, MaxConns},
+		{"keys", o.Keys, 1, MaxKeys},
+		{"the key size", o.KeyBytes, len(o.Prefix) + digits, MaxKeyBytes},
+		{"the value size", o.ValueBytes, 0, MaxValueBytes},
+		{"keys in a range", o.Workload.RangeKeys, 1, MaxRangeKeys},
+		{"watchers", o.Workload.Watchers, 1, MaxWatchers},
+	} {
+		if bound.value < bound.low || bound.value > bound.high {
+			return fmt.Errorf("%s must be from %d to %d, not %d", bound.what, bound.low, bound.high, bound.value)
+		}
+	}
+	return nil
 }
 
 func list[T ~string](all []T) string {

@@ -75,7 +75,7 @@ func newRootCommand(started *bool) *cobra.Command {
 			root.AddCommand(c)
 		}
 	}
-	add("run", newStartCommand(), newDemoCommand())
+	add("run", newStartCommand(), newDemoCommand(), newBenchCommand(&client))
 	add("keys", newGetCommand(&client), newPutCommand(&client), newDelCommand(&client), newTxnCommand(&client),
 		newCompactionCommand(&client))
 	add("cluster", newStatusCommand(&client), newHealthCommand(&client), newMemberCommand(&client),

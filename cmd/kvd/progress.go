@@ -45,9 +45,13 @@ func (p *progress) line() string {
 		return fmt.Sprintf("%s %s", p.title, size(p.doneBytes))
 	}
 	done := min(p.doneBytes, p.totalBytes)
-	filled := int(progressWidth * float64(done) / float64(p.totalBytes))
-	return fmt.Sprintf("%s [%s%s] %3d%% of %s", p.title, strings.Repeat("#", filled), strings.Repeat(".", progressWidth-filled),
-		int(100*float64(done)/float64(p.totalBytes)), size(p.totalBytes))
+	return fmt.Sprintf("%s %s of %s", p.title, bar(float64(done)/float64(p.totalBytes)), size(p.totalBytes))
+}
+
+// bar draws how much of something is done, 0 to 1.
+func bar(fraction float64) string {
+	filled := int(progressWidth * fraction)
+	return fmt.Sprintf("[%s%s] %3d%%", strings.Repeat("#", filled), strings.Repeat(".", progressWidth-filled), int(100*fraction))
 }
 
 // clear removes the bar.
