@@ -10,6 +10,7 @@ import (
 
 // serve runs a node until ctx ends or the node cannot go on.
 func serve(ctx context.Context, cfg node.Config, log *slog.Logger) error {
+	paceGC()
 	life, end := context.WithCancelCause(ctx)
 	defer end(nil)
 	cfg.Logger = log
