@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -64,28 +65,37 @@ It exits with 5 if anything was lost. Ctrl-C removes everything.`,
 	cmd.Flags().StringVar(&o.strategy, "strategy", strategyBoth, "full, consistent, or both one after the other")
 	cmd.Flags().IntVar(&o.nodes, "nodes", 0, "how many nodes, 3 to 7; consistent needs 5 (default: 3 for full, 5 for consistent)")
 	cmd.Flags().BoolVar(&o.keep, "keep", false, "leave the nodes running until Ctrl-C; of both strategies, those of consistent")
+	completeStrategy(cmd)
+	return cmd
+}
+
+func completeStrategy(cmd *cobra.Command) {
 	if err := cmd.RegisterFlagCompletionFunc("strategy", cobra.FixedCompletions(
 		[]string{node.StrategyFull, node.StrategyConsistent, strategyBoth}, cobra.ShellCompDirectiveNoFileComp)); err != nil {
 		panic(err)
 	}
-	return cmd
+}
+
+// strategiesOf lists what a value of --strategy names.
+func strategiesOf(value string) ([]string, error) {
+	switch value {
+	case node.StrategyFull, node.StrategyConsistent:
+		return []string{value}, nil
+	case strategyBoth:
+		return []string{node.StrategyFull, node.StrategyConsistent}, nil
+	}
+	return nil, usagef("--strategy: %q is none of %s, %s and %s", value, node.StrategyFull, node.StrategyConsistent, strategyBoth)
 }
 
 // strategies lists what is to be shown.
 func (o *demoOptions) strategies() ([]string, error) {
+	list, err := strategiesOf(o.strategy)
+	if err != nil {
+		return nil, err
+	}
 	least := 3
-	var list []string
-	switch o.strategy {
-	case node.StrategyFull:
-		list = []string{node.StrategyFull}
-	case node.StrategyConsistent, strategyBoth:
+	if slices.Contains(list, node.StrategyConsistent) {
 		least = 5
-		list = []string{node.StrategyFull, node.StrategyConsistent}
-		if o.strategy == node.StrategyConsistent {
-			list = list[1:]
-		}
-	default:
-		return nil, usagef("--strategy: %q is none of %s, %s and %s", o.strategy, node.StrategyFull, node.StrategyConsistent, strategyBoth)
 	}
 	if o.nodes != 0 && (o.nodes < least || o.nodes > 7) {
 		return nil, usagef("--nodes: %d is not between %d (fewer do not survive what is shown) and 7", o.nodes, least)
