@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 
 	"github.com/hashicorp/raft"
 
@@ -15,7 +16,9 @@ import (
 
 // Many replicas append, vote and truncate at once, some often, some rarely, and the log is closed and opened again and
 // again. Segments go, and what is left in them is copied: nothing is lost, and the log stays short.
-func TestChurn(t *testing.T) {
+func TestChurn(t *testing.T) { synctest.Test(t, churn) }
+
+func churn(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	fs := new(vfs.Memory)
@@ -36,6 +39,7 @@ func TestChurn(t *testing.T) {
 		if t.Failed() {
 			return
 		}
+		synctest.Wait() // until nothing is left to clean
 		size, live := l.segments.sizes()
 		if limit := 2*live + 4*testSegmentBytes; size > limit {
 			t.Errorf("%d bytes, %d live", size, live)

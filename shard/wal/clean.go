@@ -1,14 +1,25 @@
 package wal
 
 import (
+	"errors"
 	"fmt"
 	"slices"
+	"sync"
 
 	"github.com/hashicorp/raft"
 )
 
-// copyBytes bounds what is copied at a time: the replica's own writes wait so long.
-const copyBytes = 1 << 20
+const (
+	// copyBytes bounds what is copied of one replica at a time: its own writes wait so long.
+	copyBytes = 256 << 10
+
+	// copyAhead is read at once: what belongs to one replica may lie far apart.
+	copyAhead = 16 << 10
+
+	// copiers is of how many replicas entries are copied at the same time, in the batches that all share: as
+	// much as others append, so that the log does not grow while it is cleaned.
+	copiers = 16
+)
 
 // clean lets the oldest segments go, as soon as nothing in them is needed, and copies what is left of them
 // forward when that is little or the log is long.
@@ -43,10 +54,8 @@ func (l *Log) cleanOldest() (again bool, err error) {
 	if !worthCopying(oldest, len(list)) && !l.long() {
 		return false, nil
 	}
-	for _, rep := range l.everybody() {
-		if err := l.copyForward(rep, oldest); err != nil {
-			return false, err
-		}
+	if err := l.copyAll(oldest); err != nil {
+		return false, err
 	}
 	if n := oldest.live.Load(); n != 0 && l.unusableNow() == nil {
 		return false, fmt.Errorf("%w: %s: %d bytes of no replica", ErrCorrupt, oldest.path, n)
@@ -77,9 +86,40 @@ func (l *Log) everybody() []*replica {
 	return reps
 }
 
+// copyAll copies all that anybody needs of the oldest segment.
+func (l *Log) copyAll(oldest *segment) error {
+	work := make(chan *replica)
+	errs := make(chan error, copiers)
+	var tasks sync.WaitGroup
+	for range copiers {
+		tasks.Go(func() {
+			var failed error
+			for rep := range work {
+				if failed == nil {
+					failed = l.copyForward(rep, oldest)
+				}
+			}
+			errs <- failed
+		})
+	}
+	for _, rep := range l.everybody() {
+		if rep.nextIn(oldest.number, 1) != 0 {
+			work <- rep
+		}
+	}
+	close(work)
+	tasks.Wait()
+	close(errs)
+	var err error
+	for e := range errs {
+		err = errors.Join(err, e)
+	}
+	return err
+}
+
 // copyForward copies all that a replica needs of the oldest segment.
 func (l *Log) copyForward(rep *replica, oldest *segment) error {
-	w := window{file: oldest.file, sizeBytes: oldest.sizeBytes}
+	w := window{file: oldest.file, sizeBytes: oldest.sizeBytes, ahead: copyAhead}
 	for from := uint64(1); from != 0 && l.unusableNow() == nil; {
 		var err error
 		if from, err = l.copySome(rep, oldest, &w, from); err != nil {
@@ -178,7 +218,7 @@ func (l *Log) readAt(id ID, i uint64, at spot) (record, error) {
 	if seg == nil {
 		return record{}, fmt.Errorf("%w: segment %d has gone", ErrCorrupt, at.segment)
 	}
-	w := window{file: seg.file, sizeBytes: seg.sizeBytes, exact: true}
+	w := window{file: seg.file, sizeBytes: seg.sizeBytes}
 	r, err := readRecord(&w, at, id, i)
 	if err != nil {
 		return r, fmt.Errorf("%s at %d: %w", seg.path, at.offset, err)

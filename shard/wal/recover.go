@@ -94,7 +94,7 @@ func (s *segment) readHeader() (err error) {
 	if s.sizeBytes, err = s.file.Size(); err != nil {
 		return err
 	}
-	w := window{file: s.file, sizeBytes: s.sizeBytes, exact: true}
+	w := window{file: s.file, sizeBytes: s.sizeBytes}
 	b, err := w.read(0, min(blockBytes, s.sizeBytes))
 	if err != nil {
 		return fmt.Errorf("%s: %w", s.path, err)
@@ -124,7 +124,7 @@ func (l *Log) readMark(names []string) (*place, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := window{file: file, sizeBytes: size, exact: true}
+	w := window{file: file, sizeBytes: size}
 	b, err := w.read(0, min(size, blockBytes))
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", l.path(closedName), err)
@@ -142,7 +142,7 @@ func (l *Log) rewrite(p *replay) error {
 		return nil
 	}
 	seg := p.files[p.end-1]
-	w := window{file: seg.file, sizeBytes: seg.sizeBytes, exact: true}
+	w := window{file: seg.file, sizeBytes: seg.sizeBytes}
 	b, err := w.read(p.last.offset, p.last.sizeBytes)
 	if err == nil {
 		_, err = seg.file.WriteAt(b, p.last.offset)

@@ -92,7 +92,7 @@ func (p *replay) checkEnd(closed *place) error {
 
 // segment reads the batches of one, if there are any.
 func (p *replay) segment(seg *segment) (any bool, err error) {
-	w := window{file: seg.file, sizeBytes: seg.sizeBytes}
+	w := window{file: seg.file, sizeBytes: seg.sizeBytes, ahead: windowBytes}
 	for seg.end = blockBytes; ; {
 		b, err := p.batch(seg, &w)
 		switch {
@@ -173,7 +173,7 @@ func end(err error) error {
 // nothingSound fails if a batch that belongs to the log is behind its end. It need not be looked for byte by
 // byte: batches begin at blocks.
 func (p *replay) nothingSound(seg *segment) error {
-	w := window{file: seg.file, sizeBytes: seg.sizeBytes}
+	w := window{file: seg.file, sizeBytes: seg.sizeBytes, ahead: windowBytes}
 	for offset := seg.end; offset < seg.sizeBytes; offset += blockBytes {
 		head, err := w.read(offset, min(blockBytes, seg.sizeBytes-offset))
 		if err != nil {

@@ -15,7 +15,7 @@ const windowBytes = 1 << 20
 type window struct {
 	file      vfs.File
 	sizeBytes int64 // of the file
-	exact     bool  // read no more than what is asked for, into memory of its own
+	ahead     int64 // what is read at once; 0: no more than what is asked for, into memory of its own
 
 	buffer []byte
 	from   int64
@@ -30,10 +30,10 @@ func (w *window) read(offset, length int64) ([]byte, error) {
 		return nil, io.ErrUnexpectedEOF
 	}
 	want := length
-	if !w.exact {
-		want = min(max(length, windowBytes), w.sizeBytes-offset)
+	if w.ahead > 0 {
+		want = min(max(length, w.ahead), w.sizeBytes-offset)
 	}
-	if int64(cap(w.buffer)) < want || w.exact {
+	if int64(cap(w.buffer)) < want || w.ahead == 0 {
 		w.buffer = make([]byte, want)
 	}
 	w.buffer, w.from = w.buffer[:want], offset
