@@ -49,7 +49,7 @@ func BenchmarkAppend(b *testing.B) {
 			shape := fmt.Sprintf("%dx%dB", replicas, sizeBytes)
 			b.Run("shared/"+shape, func(b *testing.B) {
 				fs := &counting{FS: vfs.OS}
-				l := open(b, Options{Dir: filepath.Join(b.TempDir(), "log"), FS: fs})
+				l := open(b, Options{Dir: filepath.Join(b.TempDir(), "log"), FS: fs, fill: true})
 				defer l.Close()
 				stores := make([]appender, replicas)
 				for i := range stores {

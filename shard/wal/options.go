@@ -85,6 +85,7 @@ type Options struct {
 	Registerer prometheus.Registerer // nil registers nothing
 
 	faults faults
+	fill   bool // write a new file once before it is used: a disk's syncs are cheaper then
 }
 
 // faults are planted by tests to prove that the checkers see them. The zero value plants none.
@@ -128,6 +129,7 @@ func (o *Options) setDefaults() {
 	if o.FS == nil {
 		o.FS = vfs.OS
 	}
+	o.fill = o.fill || o.FS == vfs.OS && !o.NoSync
 	if o.SegmentBytes == 0 {
 		o.SegmentBytes = DefaultSegmentBytes
 	}

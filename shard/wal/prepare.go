@@ -8,8 +8,12 @@ import (
 	"kvd/shard/wal/vfs"
 )
 
-// maxSpares is how many files are kept for later segments. More give their space back.
-const maxSpares = 2
+const (
+	// maxSpares is how many files are kept for later segments. More give their space back.
+	maxSpares = 2
+
+	fillBytes = 256 << 10
+)
 
 // spare is a file that has no part in the log.
 type spare struct {
@@ -83,11 +87,17 @@ func (l *Log) prepareSegment(number uint64) (*segment, error) {
 }
 
 func (l *Log) beginLife(seg *segment) (err error) {
-	if err := seg.file.Preallocate(l.options.SegmentBytes); err != nil {
-		return err
-	}
 	if seg.sizeBytes, err = seg.file.Size(); err != nil {
 		return err
+	}
+	if want := l.wantedBytes(seg.number); seg.sizeBytes < want {
+		if err := seg.file.Preallocate(want); err != nil {
+			return err
+		}
+		if err := l.fill(seg.file, seg.sizeBytes, want); err != nil {
+			return err
+		}
+		seg.sizeBytes = want
 	}
 	if seg.salt, err = newSalt(); err != nil {
 		return err
@@ -97,6 +107,38 @@ func (l *Log) beginLife(seg *segment) (err error) {
 		return err
 	}
 	return l.sync(seg.file)
+}
+
+// wantedBytes is the size of a new segment. The first one is small: a node that writes little, or has just been
+// made, should not have to write a large file of nothing.
+func (l *Log) wantedBytes(number uint64) int64 {
+	if number == 1 {
+		return max(blocks(l.options.SegmentBytes/4), minSegmentBytes)
+	}
+	return l.options.SegmentBytes
+}
+
+// fill writes zeros to a part of a file that has only been reserved. A file system has to note in its journal
+// when such a part is first written, which would make each of the log's syncs more expensive. It syncs now and
+// then, because the syncs of the log would wait for all of it.
+func (l *Log) fill(file vfs.File, from, to int64) error {
+	if !l.options.fill {
+		return nil
+	}
+	nothing := make([]byte, fillBytes)
+	for n := int64(0); from < to; n++ {
+		size := min(to-from, fillBytes)
+		if _, err := file.WriteAt(nothing[:size], from); err != nil {
+			return err
+		}
+		from += size
+		if n%8 == 7 {
+			if err := l.sync(file); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // newSalt returns what no former life of a file has had.
