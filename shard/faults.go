@@ -37,6 +37,7 @@ type Faults struct {
 	WitnessServes bool
 
 	witnessStands bool // witnesses stand for election like others
+	succeedAlone  bool // a follower trusts its own verdict that the leader is dead
 }
 
 // isHeartbeat tells raft's heartbeats from its other AppendEntries.

@@ -17,14 +17,15 @@ import (
 // life is one life of the raft instance: from Open, or from the installation
 // of a snapshot, to the next. Everything that refers to raft dies with it.
 type life struct {
-	r         *Replica
-	raft      *raft.Raft
-	transport Transport
-	state     *state
-	snapshots *snapshot.Store
-	proposer  *proposer
-	reads     *reads
-	tail      *tail
+	r          *Replica
+	raft       *raft.Raft
+	transport  roleTransport
+	state      *state
+	snapshots  *snapshot.Store
+	proposer   *proposer
+	reads      *reads
+	tail       *tail
+	succession succession
 
 	standing sync.Mutex
 	stands   time.Time // when a witness, with no leader, would have stood first
@@ -92,7 +93,8 @@ func (r *Replica) startLife(st *state, bootstrap *raft.Configuration) error {
 		return errors.Join(fmt.Errorf("shard: open raft: %w", err), transport.Close())
 	}
 	r.life.Store(l)
-	for _, task := range []func(){l.watchLeadership, l.watchObservations, l.proposer.run, l.proposer.complete, l.reads.run, l.watchState, l.watchDisk, l.watchTail, l.tellFollowers} {
+	l.transport.JudgePreVotes(l.judgePreVote)
+	for _, task := range []func(){l.watchLeadership, l.watchObservations, l.proposer.run, l.proposer.complete, l.reads.run, l.watchState, l.watchDisk, l.watchTail, l.tellFollowers, l.watchDeaths} {
 		l.tasks.Go(task)
 	}
 	r.changed.fire()

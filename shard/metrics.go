@@ -12,7 +12,7 @@ type metrics struct {
 	commitSeconds, confirmSeconds, applySeconds, batchRequests prometheus.Histogram
 	shed, leaderChanges, truncations, installs, diskStalls     prometheus.Counter
 	witnessLeads                                               prometheus.Counter // of witnesses
-	floorsDropped                                              prometheus.Counter
+	floorsDropped, successions                                 prometheus.Counter
 }
 
 func newMetrics(r *Replica) *metrics {
@@ -25,6 +25,7 @@ func newMetrics(r *Replica) *metrics {
 	m.shed = m.counter("proposals_shed_total", "Requests refused because too many bytes were waiting.")
 	m.floorsDropped = m.counter("floors_dropped_total", "Times revisions were asked for and could not be used for their entry, which asked again.")
 	m.leaderChanges = m.counter("leadership_lost_total", "Times this replica stopped leading.")
+	m.successions = m.counter("successions_total", "Times this replica stood for election because the leader's process was dead.")
 	m.truncations = m.counter("log_truncations_total", "Times the state was made durable so that the log's beginning could go.")
 	m.installs = m.counter("snapshot_installs_total", "Snapshots that a leader sent and that were installed here.")
 	m.diskStalls = m.counter("disk_stalls_total", "Times the replica went silent because a log write was stalled.")

@@ -41,6 +41,18 @@ type Transport interface {
 	MatchIndex(peer raft.ServerID, term uint64) uint64
 	// Suspend makes every outgoing message fail at once while it is true.
 	Suspend(bool)
+
+	// Dead reports whether the process of the peer's node is proven dead, which
+	// silence does not prove.
+	Dead(peer raft.ServerID) bool
+	// DeathNotify is signalled (capacity 1) when a node is found dead.
+	DeathNotify() <-chan struct{}
+	// JudgePreVotes sets who answers requests for a pre-vote; those for which
+	// it returns nil go to raft.
+	JudgePreVotes(func(*raft.RequestPreVoteRequest) *raft.RequestPreVoteResponse)
+	// Stand has this replica's raft stand for election at once, if still says so
+	// when it is raft's turn to be told.
+	Stand(still func() bool)
 }
 
 // InstallFunc receives a snapshot that a leader streams to this replica.

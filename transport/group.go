@@ -50,6 +50,8 @@ type Group struct {
 	consumer  chan raft.RPC
 	answers   chan inbound // handed to raft, in order
 	acked     chan struct{}
+	deaths    chan struct{}
+	judge     atomic.Pointer[func(*raft.RequestPreVoteRequest) *raft.RequestPreVoteResponse]
 	suspended atomic.Bool
 
 	mu         sync.Mutex
@@ -72,11 +74,12 @@ type progress struct {
 type inbound struct {
 	rpc     raft.RPC
 	result  chan raft.RPCResponse
-	conn    *conn
+	conn    *conn // nil: nobody waits for the answer
 	id      uint64
 	size    int
 	arrived time.Time
 	timeout time.Duration // the sender has given up after this
+	still   func() bool   // whether raft is to get it after all; nil = yes
 }
 
 // Group opens the transport of a replica of a raft group on this node. local is "<node>/<number>".
@@ -89,7 +92,7 @@ func (t *Transport) Group(id uint64, local raft.ServerAddress, install InstallFu
 		return nil, errors.New("transport: a Group needs an InstallFunc")
 	}
 	g := &Group{t: t, key: replicaKey{id, string(local)}, install: install,
-		consumer: make(chan raft.RPC), answers: make(chan inbound, maxAnswers), acked: make(chan struct{}, 1),
+		consumer: make(chan raft.RPC), answers: make(chan inbound, maxAnswers), acked: make(chan struct{}, 1), deaths: make(chan struct{}, 1),
 		wake: make(chan struct{}, 1), peers: map[raft.ServerID]progress{}}
 	g.ctx, g.cancel = context.WithCancel(t.ctx)
 	t.mu.Lock()
@@ -369,7 +372,7 @@ func (c *conn) serveRaft(m message) error {
 		return c.reply(kindRaftResponse, m.id, appendError(newFrame(), ErrUnknownReplica))
 	}
 	result := make(chan raft.RPCResponse, 1)
-	in := inbound{raft.RPC{Command: req, RespChan: result}, result, c, m.id, requestBytes(req), time.Now(), timeout}
+	in := inbound{rpc: raft.RPC{Command: req, RespChan: result}, result: result, conn: c, id: m.id, size: requestBytes(req), arrived: time.Now(), timeout: timeout}
 	if !g.push(in) {
 		c.t.metrics.dropped.WithLabelValues("inbox_full").Inc()
 		return c.reply(kindRaftResponse, m.id, appendError(newFrame(), ErrBusy))
@@ -412,10 +415,16 @@ func (g *Group) feed() {
 			g.pop(in)
 			continue
 		}
-		select {
-		case g.consumer <- in.rpc:
-		case <-g.ctx.Done():
-			return
+		if in.still != nil && !in.still() {
+			g.pop(in)
+			continue
+		}
+		if !g.handled(in) {
+			select {
+			case g.consumer <- in.rpc:
+			case <-g.ctx.Done():
+				return
+			}
 		}
 		g.pop(in)
 		select {
@@ -457,6 +466,9 @@ func (g *Group) answer() {
 		}
 		select {
 		case r := <-in.result:
+			if in.conn == nil {
+				continue
+			}
 			if err := in.conn.reply(kindRaftResponse, in.id, appendRaftAnswer(newFrame(), r)); err != nil {
 				in.conn.fail(err)
 			}

@@ -19,6 +19,8 @@ type link struct {
 	err      error         // of the last attempt
 	failures int           // since the last success
 	retryAt  time.Time
+	probing  bool // somebody finds out whether the process is dead
+	dead     bool // it is
 }
 
 // link returns the link to a node, a new one if need be.
@@ -58,12 +60,24 @@ func (l *link) get(ctx context.Context) (*conn, error) {
 		l.mu.Unlock()
 		return c, nil
 	}
+	if l.dialing == nil && time.Now().Before(l.retryAt) {
+		err := l.err
+		l.mu.Unlock()
+		return nil, err
+	}
+	l.mu.Unlock()
+	return l.dialNow(ctx)
+}
+
+// dialNow is get without regard to earlier failures.
+func (l *link) dialNow(ctx context.Context) (*conn, error) {
+	l.mu.Lock()
+	if l.conn != nil {
+		c := l.conn
+		l.mu.Unlock()
+		return c, nil
+	}
 	if l.dialing == nil {
-		if time.Now().Before(l.retryAt) {
-			err := l.err
-			l.mu.Unlock()
-			return nil, err
-		}
 		l.dialing = make(chan struct{})
 		if !l.t.spawn(l.dial) {
 			close(l.dialing)
@@ -104,6 +118,7 @@ func (l *link) dial() {
 	c.readLoop()
 	l.t.detach(c)
 	l.lost(c)
+	l.t.suspect(l.node)
 }
 
 func (l *link) connect() (*conn, error) {
@@ -126,7 +141,7 @@ func (l *link) done(c *conn, err error) {
 	l.dialing, l.conn = nil, c
 	if c != nil {
 		l.t.log.Info("connected to peer", "node", l.node, "remote", c.wire.RemoteAddr())
-		l.err, l.failures = nil, 0
+		l.err, l.failures, l.dead = nil, 0, false
 		return
 	}
 	if l.failures%30 == 0 { // about every 30 s
@@ -154,7 +169,7 @@ func (t *Transport) revive(node string) {
 	t.mu.RUnlock()
 	if l != nil {
 		l.mu.Lock()
-		l.retryAt, l.failures = time.Time{}, 0
+		l.retryAt, l.failures, l.dead = time.Time{}, 0, false
 		l.mu.Unlock()
 	}
 }

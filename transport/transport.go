@@ -151,6 +151,7 @@ type Transport struct {
 type faults struct {
 	lostIsUnreachable bool // every request on a broken connection counts as not delivered
 	ackedAtAnswer     bool // Acked takes the time of the answer
+	silenceIsDeath    bool // a node counts as dead that does not answer
 }
 
 // New starts a Transport: it accepts connections at once, and dials when there is something to send.
@@ -286,8 +287,8 @@ func (t *Transport) serve(v *visitor) {
 		w.frames.limit = min(t.cfg.MaxMessageBytes, maxAskBytes)
 		t.run(newConn(t, w, h, false))
 	default:
-		t.revive(h.from.Node)
 		t.run(newConn(t, w, h, false))
+		t.suspect(h.from.Node)
 	}
 }
 
@@ -295,6 +296,9 @@ func (t *Transport) serve(v *visitor) {
 func (t *Transport) run(c *conn) {
 	if !t.attach(c) {
 		return
+	}
+	if c.purpose == purposePeer {
+		t.revive(c.peer.Node) // it is heard from here on
 	}
 	c.readLoop()
 	t.detach(c)
