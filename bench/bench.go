@@ -121,8 +121,7 @@ const (
 	MaxWatchers   = 100_000
 	MinInterval   = time.Millisecond
 
-	minWatchValueBytes = 16 // room for the time of a put
-	maxScanKeys        = 100
+	maxScanKeys = 100
 )
 
 var (
@@ -217,6 +216,8 @@ func (o Options) validate() error {
 		return fmt.Errorf("the interval must be at least %v", MinInterval)
 	case w.Kind == Watch && o.ValueBytes < minWatchValueBytes:
 		return fmt.Errorf("values of a watch workload have at least %d bytes, for the time of the put", minWatchValueBytes)
+	case w.Kind == Watch && o.Warmup > 0:
+		return errors.New("a watch workload has no warmup")
 	case w.Kind == Range && w.RangeKeys > o.Keys:
 		return fmt.Errorf("a range of %d keys is larger than all %d keys", w.RangeKeys, o.Keys)
 	case o.Conns > o.Clients && w.Kind != Watch && o.Conns > len(o.Endpoints):

@@ -75,10 +75,10 @@ func newScrambled(n int64) scrambled {
 }
 
 func (s scrambled) next(rng *rand.Rand) int64 {
-	return int64(fnv(uint64(s.zipfian.next(rng))) % uint64(s.n))
+	return int64(fnvHash(uint64(s.zipfian.next(rng))) % uint64(s.n))
 }
 
-func fnv(v uint64) uint64 {
+func fnvHash(v uint64) uint64 {
 	hash := uint64(0xcbf29ce484222325)
 	for range 8 {
 		hash = (hash ^ v&0xff) * 1099511628211

@@ -82,14 +82,15 @@ func closeAll(conns []*grpc.ClientConn) {
 
 // client sends one request at a time. All but mu's fields belong to one goroutine.
 type client struct {
-	run    *run
-	number int
-	shard  *shard
-	rng    *rand.Rand
-	call   call
-	key    []byte
-	end    []byte
-	keys   chooser
+	run   *run
+	shard *shard
+	rng   *rand.Rand
+	call  call
+	key   []byte
+	end   []byte
+	value []byte
+	keys  chooser
+	begun int64 // when the operation under way began, or was due
 
 	conns      []*grpc.ClientConn // of all clients
 	home, conn int                // which is its own, and which it uses
@@ -115,7 +116,7 @@ func (c *client) invoke(method string, read func(*call, []byte) error) error {
 		err = status.Error(codes.DeadlineExceeded, "no answer within "+c.run.o.Timeout.String())
 	}
 	if err != nil {
-		c.call.request = nil // gRPC may still hold it
+		c.call.forget()
 		if status.Code(err) == codes.Unavailable {
 			c.conn = (c.conn + 1) % len(c.conns)
 		}

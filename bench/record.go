@@ -20,7 +20,7 @@ const lastCode = codes.Unauthenticated
 // other; at the end the shards are merged.
 type recorder struct {
 	kinds    []string
-	first    int // kinds below are not in the timeline
+	first    int // kinds below are not in the timeline; set before anything is recorded
 	interval int64
 	shards   []*shard
 
@@ -70,8 +70,8 @@ func (w *window) reset() {
 	w.latency.Reset()
 }
 
-func newRecorder(kinds []string, first, shards int, interval time.Duration) *recorder {
-	r := &recorder{kinds: kinds, first: first, interval: int64(interval), open: map[int64]*window{}}
+func newRecorder(kinds []string, shards int, interval time.Duration) *recorder {
+	r := &recorder{kinds: kinds, interval: int64(interval), open: map[int64]*window{}}
 	for range shards {
 		s := &shard{rec: r, kinds: make([]tally, len(kinds)), window: newWindow()}
 		for k := range s.kinds {
@@ -220,4 +220,14 @@ func (r *recorder) finish(elapsed time.Duration) ([]*Operation, []Interval) {
 		operations = append(operations, o)
 	}
 	return operations, r.timeline
+}
+
+// count of requests of a kind that succeeded.
+func (r *recorder) count(kind int) (n int64) {
+	for _, s := range r.shards {
+		s.mu.Lock()
+		n += s.kinds[kind].count
+		s.mu.Unlock()
+	}
+	return n
 }

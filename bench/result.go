@@ -27,7 +27,8 @@ type Result struct {
 	Unsent int64
 	// MaxLag is the longest that a request of an open loop was sent after it was due.
 	MaxLag time.Duration
-	// Missing is the number of events of a Watch workload that had not come within Options.Timeout after the last put.
+	// Missing is the number of events of a Watch workload that had not come within Options.Timeout after the last put. If
+	// puts failed, but were made nevertheless, it is too low by their events.
 	Missing int64
 }
 

@@ -96,6 +96,8 @@ type phase struct {
 	total    int64
 	duration time.Duration
 
+	drain func() // nil, or called after the last answer: waits for what else is to come
+
 	start, end int64 // end: the last answer
 	cpu        time.Duration
 	issued     atomic.Int64 // numbers of requests given to clients
@@ -104,7 +106,10 @@ type phase struct {
 }
 
 func (r *run) phase(name string, w workload, total int, duration time.Duration) *phase {
-	return &phase{run: r, name: name, workload: w, rate: r.o.Rate, total: int64(total), duration: duration}
+	return &phase{
+		run: r, name: name, workload: w, rate: r.o.Rate, total: int64(total), duration: duration,
+		rec: newRecorder(w.operations(), 2*runtime.GOMAXPROCS(0), r.o.Interval),
+	}
 }
 
 // seeds of what differs between phases.
@@ -112,7 +117,7 @@ var phaseSeeds = map[string]uint64{"load": 1, "warmup": 2, "run": 3}
 
 // execute makes all requests of the phase and waits for their answers.
 func (p *phase) execute(ctx context.Context) {
-	p.prepare(ctx, p.o.Clients)
+	p.makeClients(ctx)
 	p.start = p.now()
 	cpu := processCPU()
 	var clients sync.WaitGroup
@@ -128,6 +133,9 @@ func (p *phase) execute(ctx context.Context) {
 	stop := p.watchOver()
 	clients.Wait()
 	p.end = p.now()
+	if p.drain != nil {
+		p.drain()
+	}
 	p.cpu = processCPU() - cpu
 	stop()
 	for _, c := range p.clients {
@@ -135,13 +143,11 @@ func (p *phase) execute(ctx context.Context) {
 	}
 }
 
-// prepare makes the clients and the recorder.
-func (p *phase) prepare(ctx context.Context, clients int) {
-	p.rec = newRecorder(p.workload.operations(), 0, min(clients, 2*runtime.GOMAXPROCS(0)), p.o.Interval)
-	for i := range clients {
+func (p *phase) makeClients(ctx context.Context) {
+	for i := range p.o.Clients {
 		seed := p.o.Seed<<2 | phaseSeeds[p.name]
 		p.clients = append(p.clients, &client{
-			run: p.run, number: i, shard: p.rec.shards[i%len(p.rec.shards)], parent: ctx,
+			run: p.run, shard: p.rec.shards[i%len(p.rec.shards)], parent: ctx,
 			rng: rand.New(rand.NewPCG(seed, uint64(i))), keys: p.workload.chooser(seed),
 			conns: p.conns, home: i % len(p.conns), conn: i % len(p.conns),
 		})
@@ -234,6 +240,7 @@ func (p *phase) unsent() int64 {
 
 // one makes one operation that counts from begin, and returns when it ended.
 func (p *phase) one(ctx context.Context, c *client, begin int64) int64 {
+	c.begun = begin
 	operation, o := p.workload.do(c)
 	end := p.now()
 	if o.err == nil {

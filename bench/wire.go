@@ -32,6 +32,11 @@ const (
 	txnResponses   = 3
 	kvModRevision  = 3
 	kvValue        = 5
+
+	watchCreate, createKey, createEnd = 1, 1, 2
+	watchCreated, watchCanceled       = 3, 4
+	watchReason, watchEvent           = 6, 11
+	eventKV                           = 2
 )
 
 var errWire = errors.New("bench: the answer is no message of etcd's API")
@@ -92,12 +97,11 @@ func appendMessage(b []byte, field protowire.Number, sizeBytes int) []byte {
 // call is a request and what matters of its answer. A client uses one for all its requests.
 type call struct {
 	request []byte
-	pieces  [1]mem.Buffer
+	pieces  mem.BufferSlice
 
 	revision    int64 // of the header
 	keys        int
 	modRevision int64 // of the last key
-	valueBytes  int   // of the last key
 	succeeded   bool  // of a transaction
 	read        func(c *call, b []byte) error
 }
@@ -157,7 +161,6 @@ func readRange(c *call, m []byte) error {
 			return c.header(b)
 		case answerKVs:
 			c.keys++
-			c.modRevision, c.valueBytes = 0, 0
 			return c.keyValue(b)
 		}
 		return nil
@@ -165,12 +168,9 @@ func readRange(c *call, m []byte) error {
 }
 
 func (c *call) keyValue(b []byte) error {
-	return fields(b, func(field protowire.Number, v uint64, b []byte) error {
-		switch field {
-		case kvModRevision:
+	return fields(b, func(field protowire.Number, v uint64, _ []byte) error {
+		if field == kvModRevision {
 			c.modRevision = int64(v)
-		case kvValue:
-			c.valueBytes = len(b)
 		}
 		return nil
 	})
@@ -205,28 +205,47 @@ func readTxn(c *call, m []byte) error {
 	return err
 }
 
-// codec hands the bytes of a call to gRPC and back. A call's request is not touched again before its answer has come, and
-// not at all if none comes; so gRPC needs no copy.
+// message is what gRPC sends and fills in.
+type message interface {
+	// encoded is what to send. It must not be touched before an answer has come, and not at all if none comes: so gRPC
+	// needs no copy.
+	encoded() mem.BufferSlice
+	// decode reads what came. It keeps no part of b.
+	decode(b []byte) error
+}
+
+func (c *call) encoded() mem.BufferSlice {
+	c.pieces = append(c.pieces[:0], mem.SliceBuffer(c.request))
+	return c.pieces
+}
+
+// forget leaves the buffers of a request without an answer to gRPC.
+func (c *call) forget() { c.request, c.pieces = nil, nil }
+
+func (c *call) decode(b []byte) error {
+	c.revision, c.keys, c.modRevision, c.succeeded = 0, 0, 0, false
+	return c.read(c, b)
+}
+
+// codec hands messages to gRPC and back.
 type codec struct{}
 
 func (codec) Name() string { return "proto" }
 
 func (codec) Marshal(v any) (mem.BufferSlice, error) {
-	c, ok := v.(*call)
+	m, ok := v.(message)
 	if !ok {
-		return nil, fmt.Errorf("bench: %T is not a call", v)
+		return nil, fmt.Errorf("bench: %T is no message", v)
 	}
-	c.pieces[0] = mem.SliceBuffer(c.request)
-	return c.pieces[:], nil
+	return m.encoded(), nil
 }
 
 func (codec) Unmarshal(data mem.BufferSlice, v any) error {
-	c, ok := v.(*call)
+	m, ok := v.(message)
 	if !ok {
-		return fmt.Errorf("bench: %T is not a call", v)
+		return fmt.Errorf("bench: %T is no message", v)
 	}
 	whole := data.MaterializeToBuffer(mem.DefaultBufferPool())
 	defer whole.Free()
-	c.revision, c.keys, c.modRevision, c.valueBytes, c.succeeded = 0, 0, 0, 0, false
-	return c.read(c, whole.ReadOnlyData())
+	return m.decode(whole.ReadOnlyData())
 }

@@ -43,6 +43,7 @@ func newBenchCommand(client *clientOptions) *cobra.Command {
 		newBenchWorkload(client, bench.Mixed, "Read and write as one of YCSB's core workloads, A to F", `  kvd bench mixed --shape B
   kvd bench mixed --shape F --rate 5000 --format json`),
 		newBenchWorkload(client, bench.Watch, "Write keys that many watch, and measure how soon they see it", `  kvd bench watch --watchers 1000 --rate 100`),
+		newBenchReportCommand(),
 	)
 }
 
@@ -108,7 +109,6 @@ func (b *benchCLI) AddFlags(f *pflag.FlagSet) {
 	f.Float64Var(&o.Rate, "rate", rate, "requests that become due per second (0: closed loop)")
 	f.IntVar(&o.Total, "total", 0, "end after this many requests (0: after --duration)")
 	f.DurationVar(&o.Duration, "duration", 0, "end after this time (default 10s, if there is no --total)")
-	f.DurationVar(&o.Warmup, "warmup", 0, "put the load on this long before measuring")
 	f.IntVar(&o.Keys, "keys", bench.DefaultKeys, "different keys")
 	f.IntVar(&o.KeyBytes, "key-size", 0, "bytes of a key (default: the prefix and 10 digits)")
 	f.IntVar(&o.ValueBytes, "val-size", bench.DefaultValueBytes, "bytes of a value; they are random")
@@ -122,6 +122,9 @@ func (b *benchCLI) AddFlags(f *pflag.FlagSet) {
 	}
 	if w.Kind == bench.Get || w.Kind == bench.Range || w.Kind == bench.Mixed {
 		f.StringVar(&b.consistency, "consistency", "l", "l: linearizable; s: serializable, what one node has, maybe stale")
+	}
+	if w.Kind != bench.Watch {
+		f.DurationVar(&o.Warmup, "warmup", 0, "put the load on this long before measuring")
 	}
 	if w.Kind != bench.Put && w.Kind != bench.Watch {
 		f.BoolVar(&o.SkipLoad, "skip-load", false, "the keys are there already: do not write them first")
@@ -150,6 +153,7 @@ func (b *benchCLI) run(cmd *cobra.Command, client *clientOptions) error {
 	}
 	p := newBenchProgress(cmd.ErrOrStderr())
 	o.Progress = p.show
+	paceGC()
 	result, err := bench.Run(cmd.Context(), o)
 	p.clear()
 	if result == nil {
@@ -188,8 +192,6 @@ func (b *benchCLI) complete(cmd *cobra.Command, client *clientOptions) (o bench.
 		return o, usagef("--consistency: %q is neither l nor s", b.consistency)
 	case given("duration") && o.Duration <= 0, given("total") && o.Total <= 0 && o.Duration <= 0:
 		return o, usagef("--total and --duration must be above 0")
-	case o.Workload.Kind == bench.Watch && o.Warmup > 0:
-		return o, usagef("--warmup: a watch workload has none")
 	case o.Prefix == "":
 		return o, usagef("--prefix must not be empty: the keys of the load would be among others")
 	}
