@@ -2,7 +2,6 @@
 package servers
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,14 +10,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
-
-	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 )
 
 // Packages that Build can build; the versions are those of this module's go.mod.
@@ -27,6 +22,7 @@ const (
 	Etcd      = "go.etcd.io/etcd/server/v3"
 	Etcdctl   = "go.etcd.io/etcd/etcdctl/v3"
 	Benchmark = "go.etcd.io/etcd/v3/tools/benchmark"
+	Floor     = "kvd/integration/compare/cmd/floor"
 )
 
 // readyTimeout bounds the start of a cluster: processes, first election, first read on every node.
@@ -41,7 +37,7 @@ func Build(ctx context.Context, pkg, dir string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	name := map[string]string{KVD: "kvd", Etcd: "etcd", Etcdctl: "etcdctl", Benchmark: "benchmark"}[pkg]
+	name := map[string]string{KVD: "kvd", Etcd: "etcd", Etcdctl: "etcdctl", Benchmark: "benchmark", Floor: "floor"}[pkg]
 	if pkg == KVD {
 		if path := os.Getenv(envKVD); path != "" {
 			return filepath.Abs(path)
@@ -70,22 +66,25 @@ func moduleDir(ctx context.Context) (string, error) {
 	return filepath.Dir(file), nil
 }
 
-// Cluster is a set of running server processes. Its methods are not for concurrent use.
+// Cluster is a set of server processes. Nodes are numbered from 0. Its methods are not for concurrent use.
 type Cluster struct {
 	nodes []*process
+
+	// rejoin makes ready what a node that lost its data needs before it is started with an empty directory.
+	rejoin func(ctx context.Context, c *Cluster, node int) error
 }
 
-type process struct {
-	name, endpoint string
-	logPath        string
-	cmd            *exec.Cmd
-	exited         chan struct{} // closed once the process has been waited for
+// Memory is what processes use of it, in bytes.
+type Memory struct {
+	Resident  int64 // all pages in memory, those of mapped files, too
+	Anonymous int64 // those that are no file's: heap and stacks
+	Peak      int64 // the most that was ever resident
 }
 
 // StartKVD starts nodes fresh kvd processes that form one cluster, with their data below dir and with further flags,
 // and waits until every node answers a linearizable read of all keys.
 func StartKVD(ctx context.Context, binary, dir string, nodes int, flags ...string) (*Cluster, error) {
-	ports, err := FreeAddresses(2 * nodes)
+	ports, err := FreeAddresses(3 * nodes)
 	if err != nil {
 		return nil, err
 	}
@@ -93,16 +92,18 @@ func StartKVD(ctx context.Context, binary, dir string, nodes int, flags ...strin
 	for i := range peers {
 		peers[i] = fmt.Sprintf("n%d=%s", i+1, ports[nodes+i])
 	}
-	return start(ctx, nodes, func(i int) *process {
-		name := fmt.Sprintf("n%d", i+1)
-		args := append([]string{
-			"start",
-			"--name", name, "--data-dir", filepath.Join(dir, name),
-			"--listen-client", ports[i], "--listen-peer", ports[nodes+i], "--listen-http", "none",
+	c := &Cluster{rejoin: rejoinKVD}
+	for i := range nodes {
+		p := newProcess(dir, fmt.Sprintf("n%d", i+1), ports[i], ports[nodes+i])
+		p.http = ports[2*nodes+i]
+		p.argv = append([]string{
+			binary, "start", "--name", p.name, "--data-dir", p.dir,
+			"--listen-client", p.endpoint, "--listen-peer", p.peer, "--listen-http", p.http,
 			"--peers", strings.Join(peers, ","), "--log-level", "warn",
 		}, flags...)
-		return newProcess(dir, name, ports[i], exec.Command(binary, args...))
-	})
+		c.nodes = append(c.nodes, p)
+	}
+	return c, c.start(ctx)
 }
 
 // StartEtcd is StartKVD for etcd, with etcd's default settings.
@@ -115,91 +116,61 @@ func StartEtcd(ctx context.Context, binary, dir string, nodes int) (*Cluster, er
 	for i := range peers {
 		peers[i] = fmt.Sprintf("e%d=http://%s", i+1, ports[nodes+i])
 	}
-	return start(ctx, nodes, func(i int) *process {
-		name := fmt.Sprintf("e%d", i+1)
-		client, peer := "http://"+ports[i], "http://"+ports[nodes+i]
-		return newProcess(dir, name, ports[i], exec.Command(binary,
-			"--name", name, "--data-dir", filepath.Join(dir, name),
+	c := &Cluster{rejoin: rejoinEtcd}
+	for i := range nodes {
+		p := newProcess(dir, fmt.Sprintf("e%d", i+1), ports[i], ports[nodes+i])
+		p.http = p.endpoint
+		client, peer := "http://"+p.endpoint, "http://"+p.peer
+		p.argv = []string{
+			binary, "--name", p.name, "--data-dir", p.dir,
 			"--listen-client-urls", client, "--advertise-client-urls", client,
 			"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
-			"--initial-cluster", strings.Join(peers, ","), "--log-level", "warn"))
-	})
-}
-
-func newProcess(dir, name, endpoint string, cmd *exec.Cmd) *process {
-	return &process{
-		name: name, endpoint: endpoint, logPath: filepath.Join(dir, name+".log"),
-		cmd: cmd, exited: make(chan struct{}),
-	}
-}
-
-func start(ctx context.Context, nodes int, newNode func(i int) *process) (*Cluster, error) {
-	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
-	defer cancel()
-	c := &Cluster{}
-	for i := range nodes {
-		p := newNode(i)
-		if err := p.start(); err != nil {
-			c.Close()
-			return nil, err
+			"--initial-cluster", strings.Join(peers, ","), "--log-level", "warn",
 		}
 		c.nodes = append(c.nodes, p)
 	}
-	for _, p := range c.nodes {
-		if err := p.waitReady(ctx); err != nil {
-			err = fmt.Errorf("%s: %w\n%s", p.name, err, c.Logs())
-			c.Close()
-			return nil, err
-		}
-	}
-	return c, nil
+	return c, c.start(ctx)
 }
 
-// start runs the process. The goroutine keeps the thread that forked it: the kernel kills the child when that
-// thread ends, which is then when this program ends, however it does.
-func (p *process) start() error {
-	log, err := os.Create(p.logPath)
+// StartCommand starts nodes processes of a command that serves KV on the address that is its last argument.
+func StartCommand(ctx context.Context, binary, dir string, nodes int, args ...string) (*Cluster, error) {
+	ports, err := FreeAddresses(nodes)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	p.cmd.Stdout, p.cmd.Stderr = log, log
-	p.cmd.SysProcAttr = dieWithParent()
-	started := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		defer log.Close()
-		err := p.cmd.Start()
-		started <- err
-		if err == nil {
-			p.cmd.Wait() // how it exited is no news: Close kills it
-			close(p.exited)
-		}
-	}()
-	return <-started
+	c := &Cluster{}
+	for i := range nodes {
+		p := newProcess(dir, fmt.Sprintf("p%d", i+1), ports[i], "")
+		p.argv = append(append([]string{binary}, args...), p.endpoint)
+		c.nodes = append(c.nodes, p)
+	}
+	return c, c.start(ctx)
 }
 
-// waitReady returns when the node has answered a linearizable read of all keys, whatever shards they are in.
-func (p *process) waitReady(ctx context.Context) error {
-	conn, err := grpc.NewClient(p.endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
+func newProcess(parent, name, endpoint, peer string) *process {
+	dir := filepath.Join(parent, name)
+	return &process{name: name, endpoint: endpoint, peer: peer, dir: dir, logPath: dir + ".log"}
+}
+
+// start starts all nodes and waits for them; if that fails, none is left.
+func (c *Cluster) start(ctx context.Context) error {
+	err := c.Start(c.all()...)
+	if err == nil {
+		err = c.WaitReady(ctx)
+	}
 	if err != nil {
-		return err
+		err = fmt.Errorf("%w\n%s", err, c.Logs())
+		c.Close()
 	}
-	defer conn.Close()
-	for {
-		attempt, cancel := context.WithTimeout(ctx, 2*time.Second)
-		_, err := pb.NewKVClient(conn).Range(attempt, &pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte{0}, CountOnly: true})
-		cancel()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-p.exited:
-			return fmt.Errorf("exited while starting: %v", p.cmd.ProcessState)
-		case <-ctx.Done():
-			return fmt.Errorf("not ready: %w", err)
-		case <-time.After(20 * time.Millisecond):
-		}
+	return err
+}
+
+func (c *Cluster) all() []int {
+	nodes := make([]int, len(c.nodes))
+	for i := range nodes {
+		nodes[i] = i
 	}
+	return nodes
 }
 
 // Endpoints returns the client addresses, host:port, one per node.
@@ -211,32 +182,21 @@ func (c *Cluster) Endpoints() []string {
 	return endpoints
 }
 
-// Logs returns the end of each node's log.
-func (c *Cluster) Logs() string {
-	var all strings.Builder
-	for _, p := range c.nodes {
-		text, err := os.ReadFile(p.logPath)
-		if err != nil {
-			text = []byte(err.Error())
-		}
-		const tailBytes = 4 << 10
-		if len(text) > tailBytes {
-			text = append([]byte("..."), text[len(text)-tailBytes:]...)
-		}
-		fmt.Fprintf(&all, "--- %s\n%s\n", p.name, bytes.TrimSpace(text))
-	}
-	return all.String()
+// Node returns the number of a node, given its name, or -1.
+func (c *Cluster) Node(name string) int {
+	return slices.IndexFunc(c.nodes, func(p *process) bool { return p.name == name })
 }
 
 // Close kills the processes and waits for them. Their data stays.
 func (c *Cluster) Close() {
 	for _, p := range c.nodes {
-		p.cmd.Process.Signal(syscall.SIGKILL) // fails only for a process that has exited
+		if p.cmd != nil {
+			p.cmd.Process.Signal(syscall.SIGKILL) // fails only for a process that has exited
+		}
 	}
 	for _, p := range c.nodes {
-		<-p.exited
+		p.kill()
 	}
-	c.nodes = nil
 }
 
 // FreeAddresses returns n loopback addresses that were free a moment ago. They are below the range from which the kernel

@@ -1,0 +1,323 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"kvd/integration/compare/servers"
+)
+
+// load is what kvd bench does to a server.
+type load struct {
+	part    string // for -only
+	kind    string // of kvd bench
+	clients int
+}
+
+var loads = []load{
+	{"put", "put", 1}, {"put", "put", 100}, {"put", "put", 1000},
+	{"get", "get", 1}, {"get", "get", 100}, {"get", "get", 1000},
+	{"sget", "get", 1}, {"sget", "get", 100}, {"sget", "get", 1000},
+	{"range", "range", 100}, {"txn", "txn", 100},
+}
+
+const (
+	putKeys   = 100_000
+	readKeys  = 10_000
+	rangeKeys = 100
+
+	putPrefix  = "put/"
+	readPrefix = "read/"
+	txnPrefix  = "txn/"
+)
+
+func (l load) key() string { return fmt.Sprintf("%s-%d", l.part, l.clients) }
+
+func (l load) title() string {
+	what := map[string]string{
+		"put": "put", "get": "linearizable get", "sget": "serializable get", "range": fmt.Sprintf("linearizable range of %d keys", rangeKeys),
+		"txn": "compare-and-put",
+	}[l.part]
+	if l.clients == 1 {
+		return what + ", 1 client"
+	}
+	return fmt.Sprintf("%s, %d clients", what, l.clients)
+}
+
+// args are those of kvd bench.
+func (l load) args() []string {
+	args := []string{"bench", l.kind, "--key-size", strconv.Itoa(keyBytes), "--val-size", strconv.Itoa(valueBytes)}
+	switch l.part {
+	case "put":
+		return append(args, "--prefix", putPrefix, "--keys", strconv.Itoa(putKeys))
+	case "txn":
+		return append(args, "--prefix", txnPrefix, "--keys", strconv.Itoa(readKeys))
+	case "range":
+		args = append(args, "--limit", strconv.Itoa(rangeKeys))
+	case "sget":
+		args = append(args, "--consistency", "s")
+	}
+	return append(args, "--prefix", readPrefix, "--keys", strconv.Itoa(readKeys), "--skip-load")
+}
+
+// loads puts one load after the other on the servers.
+func (t *trial) loads(ctx context.Context) error {
+	if err := t.prepareLoads(ctx); err != nil {
+		return err
+	}
+	puts := 0
+	for _, l := range loads {
+		if !t.chosen[l.part] || t.name == floor && l.kind != "put" && l.kind != "get" {
+			continue
+		}
+		sent, err := t.load(ctx, l)
+		if err != nil {
+			return fmt.Errorf("%s: %w", l.key(), err)
+		}
+		if l.part == "put" {
+			puts += sent
+		}
+	}
+	if t.name == floor {
+		return nil
+	}
+	if err := t.verifyLoads(ctx, puts); err != nil {
+		return err
+	}
+	if t.chosen["tool"] {
+		if err := t.tool(ctx); err != nil {
+			return err
+		}
+	}
+	if t.chosen["watch"] {
+		return t.watch(ctx)
+	}
+	return nil
+}
+
+// prepareLoads writes what is to be read, and warms up.
+func (t *trial) prepareLoads(ctx context.Context) error {
+	if t.name == floor {
+		return nil
+	}
+	_, err := t.bench(ctx, "bench", "get", "--key-size", strconv.Itoa(keyBytes), "--val-size", strconv.Itoa(valueBytes),
+		"--prefix", readPrefix, "--keys", strconv.Itoa(readKeys), "--clients", "100", "--total", "1000",
+		"--endpoints", strings.Join(t.cluster.Endpoints(), ","))
+	return err
+}
+
+// load measures one load and returns how many requests it made. With one client, whether the node it talks to leads
+// decides much: it talks to each node in turn, and what counts is the mean.
+func (t *trial) load(ctx context.Context, l load) (int, error) {
+	endpoints := [][]string{t.cluster.Endpoints()}
+	duration := t.o.duration
+	if l.clients == 1 {
+		endpoints = slices.Collect(slices.Chunk(t.cluster.Endpoints(), 1))
+		duration = max(duration/2, duration/time.Duration(len(endpoints)))
+	}
+	var requests int
+	var elapsed, cpu, client, p50, p99, n float64
+	for _, some := range endpoints {
+		meter := t.startMeter()
+		args := append(l.args(), "--duration", duration.String(), "--clients", strconv.Itoa(l.clients),
+			"--conns", strconv.Itoa(min(l.clients, maxConns)), "--endpoints", strings.Join(some, ","))
+		r, err := t.bench(ctx, args...)
+		used, meterErr := meter.between(r.Start, r.Elapsed)
+		if err == nil {
+			err = r.check(l)
+		}
+		if err == nil {
+			err = meterErr
+		}
+		if err != nil {
+			return requests, err
+		}
+		o := r.Total
+		requests += int(o.Count)
+		elapsed, cpu, client = elapsed+r.Elapsed, cpu+used.servers, client+r.ClientCPU
+		p50, p99, n = p50+o.Latency.P50/1000, p99+o.Latency.P99/1000, n+1
+		t.others = append(t.others, max(0, used.machine-used.servers-r.ClientCPU)/r.Elapsed)
+	}
+	each := func(seconds float64) float64 { return seconds * 1e6 / float64(requests) }
+	t.note(l.key()+"/rate", float64(requests)/elapsed)
+	t.note(l.key()+"/p50", p50/n)
+	t.note(l.key()+"/p99", p99/n)
+	t.note(l.key()+"/cpu", each(cpu))
+	t.note(l.key()+"/client", each(client))
+	t.tell()
+	return requests, nil
+}
+
+// benchResult is what is read of kvd bench's JSON.
+type benchResult struct {
+	Start      time.Time
+	Elapsed    float64 `json:"elapsed_seconds"`
+	ClientCPU  float64 `json:"client_cpu_seconds"`
+	Missing    int     `json:"missing_events"`
+	Operations []benchOperation
+	Total      benchOperation
+}
+
+type benchOperation struct {
+	Operation string
+	Count     int64
+	PerSecond float64 `json:"per_second"`
+	Keys      int64
+	Failed    int64
+	Errors    json.RawMessage
+	Latency   struct{ P50, P99 float64 } `json:"latency_us"`
+}
+
+// check refuses a result in which not every request was answered as it is to be. kvd bench itself takes a read that
+// finds nothing for failed.
+func (r benchResult) check(l load) error {
+	o := r.Total
+	keys := o.Count
+	if l.part == "range" {
+		keys *= rangeKeys
+	}
+	switch {
+	case o.Failed > 0:
+		return fmt.Errorf("%d of %d requests failed: %s", o.Failed, o.Failed+o.Count, o.Errors)
+	case o.Count == 0:
+		return fmt.Errorf("no request was answered in %.2f s", r.Elapsed)
+	case o.Keys != keys:
+		return fmt.Errorf("%d requests read or wrote %d keys instead of %d", o.Count, o.Keys, keys)
+	}
+	return nil
+}
+
+func (t *trial) bench(ctx context.Context, args ...string) (benchResult, error) {
+	var r benchResult
+	var stderr bytes.Buffer
+	cmd := exec.CommandContext(ctx, t.binaries[servers.KVD], append(args, "--format", "json")...)
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return r, fmt.Errorf("kvd %s: %w\n%s%s", strings.Join(args, " "), err, stderr.Bytes(), out)
+	}
+	if err := json.Unmarshal(out, &r); err != nil {
+		return r, fmt.Errorf("kvd bench prints %.200q: %w", out, err)
+	}
+	return r, nil
+}
+
+// meter reads processor times again and again, since only kvd bench knows when what it measures begins and ends.
+type meter struct {
+	stop   func()
+	result chan []reading
+}
+
+type reading struct {
+	at               time.Time
+	servers, machine float64 // seconds
+	err              error
+}
+
+const meterEach = 20 * time.Millisecond
+
+func (t *trial) startMeter() *meter {
+	ctx, stop := context.WithCancel(context.Background())
+	m := &meter{stop, make(chan []reading, 1)}
+	go func() {
+		var all []reading
+		for {
+			servers, machine, err := t.processorTimes()
+			all = append(all, reading{time.Now(), servers.Seconds(), machine.Seconds(), err})
+			if sleep(ctx, meterEach) != nil {
+				m.result <- all
+				return
+			}
+		}
+	}()
+	return m
+}
+
+func (t *trial) processorTimes() (cluster, machine time.Duration, err error) {
+	if cluster, err = t.cluster.CPU(); err == nil {
+		machine, err = servers.MachineCPU()
+	}
+	return cluster, machine, err
+}
+
+// between stops the meter and returns what was used in a time that is over.
+func (m *meter) between(start time.Time, seconds float64) (reading, error) {
+	m.stop()
+	all := <-m.result
+	for _, r := range all {
+		if r.err != nil {
+			return reading{}, r.err
+		}
+	}
+	from, to := readAt(all, start), readAt(all, start.Add(time.Duration(seconds*float64(time.Second))))
+	return reading{servers: to.servers - from.servers, machine: to.machine - from.machine}, nil
+}
+
+// readAt is the reading nearest to a time.
+func readAt(all []reading, at time.Time) reading {
+	return slices.MinFunc(all, func(a, b reading) int {
+		return int(a.at.Sub(at).Abs() - b.at.Sub(at).Abs())
+	})
+}
+
+// verifyLoads checks that each put was applied once, and that what the gets read is there through every node.
+func (t *trial) verifyLoads(ctx context.Context, puts int) error {
+	versions, err := t.versions(ctx, putPrefix)
+	if err != nil {
+		return err
+	}
+	if versions != puts {
+		return fmt.Errorf("%d puts were acknowledged, %d are there", puts, versions)
+	}
+	conns, err := dialAll(t.cluster.Endpoints())
+	if err != nil {
+		return err
+	}
+	defer closeAll(conns)
+	for i, conn := range conns {
+		for _, serializable := range []bool{false, true} {
+			response, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{
+				Key: []byte(readPrefix), RangeEnd: prefixEnd(readPrefix), Serializable: serializable,
+			})
+			if err != nil {
+				return err
+			}
+			if len(response.Kvs) != readKeys {
+				return fmt.Errorf("node %d has %d keys to read, not %d (serializable: %v)", i+1, len(response.Kvs), readKeys, serializable)
+			}
+			for _, kv := range response.Kvs {
+				if len(kv.Key) != keyBytes || len(kv.Value) != valueBytes {
+					return fmt.Errorf("node %d: key %q has %d bytes, not %d", i+1, kv.Key, len(kv.Value), valueBytes)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// versions returns how often all keys with a prefix together have been put.
+func (t *trial) versions(ctx context.Context, prefix string) (int, error) {
+	conn, err := servers.Dial(t.cluster.Endpoints()[0])
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	response, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(prefix), RangeEnd: prefixEnd(prefix), KeysOnly: true})
+	if err != nil {
+		return 0, err
+	}
+	sum := 0
+	for _, kv := range response.Kvs {
+		sum += int(kv.Version)
+	}
+	return sum, nil
+}
