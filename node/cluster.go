@@ -262,20 +262,21 @@ func notDelivered(err error) bool {
 type diskGuard struct {
 	log     *slog.Logger
 	dir     string
+	free    func() (uint64, error)
 	minFree uint64
 	start   time.Time
 	next    atomic.Int64 // nanoseconds after start
 	verdict atomic.Bool
 }
 
-func newDiskGuard(log *slog.Logger, dir string, minFree uint64) *diskGuard {
-	return &diskGuard{log: log, dir: dir, minFree: minFree, start: time.Now()}
+func newDiskGuard(log *slog.Logger, dir string, free func() (uint64, error), minFree uint64) *diskGuard {
+	return &diskGuard{log: log, dir: dir, free: free, minFree: minFree, start: time.Now()}
 }
 
 func (g *diskGuard) full() bool {
 	now, next := int64(time.Since(g.start)), g.next.Load()
 	if now >= next && g.next.CompareAndSwap(next, now+int64(time.Second)) {
-		if free, err := freeBytes(g.dir); err == nil {
+		if free, err := g.free(); err == nil {
 			g.judge(free)
 		}
 	}
@@ -302,12 +303,13 @@ func freeBytes(dir string) (uint64, error) {
 	return fs.Bavail * uint64(fs.Bsize), nil
 }
 
-// diskGauge is the metric of the free space under the data directory.
+// diskGauge is the metric of the free space under the data directory and its
+// logs.
 func (n *Node) diskGauge() prometheus.Collector {
 	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "kvd_node_disk_free_bytes", Help: "Free bytes of the file system that holds the data directory.",
+		Name: "kvd_node_disk_free_bytes", Help: "Free bytes of the file system that holds the data directory, or its log if that has less.",
 	}, func() float64 {
-		free, err := freeBytes(n.cfg.DataDir)
+		free, err := n.freeBytes()
 		if err != nil {
 			return -1
 		}

@@ -16,6 +16,7 @@ import (
 	"kvd/placement/sequencer"
 	"kvd/ring"
 	"kvd/shard"
+	"kvd/shard/wal/vfs"
 	"kvd/transport"
 )
 
@@ -38,10 +39,6 @@ type Network interface {
 	Listen(addr string) (net.Listener, error)
 	Dial(ctx context.Context, addr string) (net.Conn, error)
 }
-
-// OpenLogFunc opens the durable log of one replica in its directory. guard is
-// the highest index that truncation of the log's beginning may delete.
-type OpenLogFunc func(dir string, group uint64, guard func() uint64) (shard.LogStore, error)
 
 // Config says what a node is made of. The zero value of a field means its
 // default.
@@ -80,16 +77,21 @@ type Config struct {
 	SnapshotBytes    int64         // log bytes between truncations; shard's default
 	TrailingEntries  uint64        // log entries kept for lagging nodes; shard's default
 
+	// RaftLog is RaftLogShared or RaftLogBolt; empty: what the data directory
+	// has, DefaultRaftLog for a new one.
+	RaftLog string
+
 	Version     string
 	Logger      *slog.Logger
 	Registry    *prometheus.Registry
 	OnFatal     func(error) // told why the node cannot go on; the process must end
 	MinDiskFree uint64      // bytes below which writes are refused; 256 MiB
 
-	// Network and OpenLog are replaced by simulations. NoSync gives up
-	// durability, for simulations only.
+	// Network and LogFS, the file system of the shared log, are replaced by
+	// simulations. NoSync gives up the durability of all that is not in LogFS,
+	// for simulations only.
 	Network Network
-	OpenLog OpenLogFunc
+	LogFS   vfs.FS
 	NoSync  bool
 	Faults  shard.Faults
 	// SequencerFaults are planted by tests, as Faults are.
@@ -149,6 +151,8 @@ func (c *Config) Validate() error {
 		return err
 	}
 	switch {
+	case c.RaftLog != "" && c.RaftLog != RaftLogShared && c.RaftLog != RaftLogBolt:
+		return fmt.Errorf("--raft-log: %q is neither %s nor %s", c.RaftLog, RaftLogShared, RaftLogBolt)
 	case c.HeartbeatTimeout < 10*time.Millisecond:
 		return fmt.Errorf("--heartbeat-timeout: %v is below 10ms", c.HeartbeatTimeout)
 	case c.ElectionTimeout < c.HeartbeatTimeout:

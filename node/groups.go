@@ -9,8 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,9 +16,11 @@ import (
 	"github.com/hashicorp/raft"
 
 	"kvd/fsm"
+	"kvd/node/bootstrap"
 	"kvd/placement"
 	"kvd/shard"
 	"kvd/shard/raftlog"
+	"kvd/shard/wal"
 	"kvd/snapshot"
 )
 
@@ -105,30 +105,26 @@ func newGroups(n *Node) *groups {
 // dirOf is the directory of a replica.
 func (g *groups) dirOf(r placement.ReplicaRef) string { return replicaDir(g.n.cfg.DataDir, r) }
 
-// replicaDir is the directory of a shard's replica in a data directory.
-func replicaDir(dataDir string, r placement.ReplicaRef) string {
-	_, number, _ := strings.Cut(string(r.ID), "/")
-	return filepath.Join(dataDir, "groups", strconv.FormatUint(r.Group, 10), number)
-}
-
-// scan finds the directories that an earlier life of this node has left.
+// scan finds the directories and the logs that an earlier life of this node has
+// left.
 func (g *groups) scan() error {
-	base := filepath.Join(g.n.cfg.DataDir, "groups")
-	dirs, err := os.ReadDir(base)
+	dirs, err := replicaDirs(g.n.cfg.DataDir)
 	if err != nil {
 		return err
 	}
-	for _, d := range dirs {
-		group, err := strconv.ParseUint(d.Name(), 10, 64)
-		if err != nil || group == group0 {
+	known := make(map[wal.ID]bool)
+	for _, dir := range dirs {
+		r, ok := refOf(g.n.dir, dir)
+		if !ok || r.Group == group0 {
 			continue
 		}
-		replicas, err := os.ReadDir(filepath.Join(base, d.Name()))
-		if err != nil {
-			return err
-		}
-		for _, r := range replicas {
-			g.onDisk[placement.ReplicaRef{Group: group, ID: raft.ServerID(g.n.cfg.Name + "/" + r.Name())}] = true
+		g.onDisk[r] = true
+		id, _ := logID(r)
+		known[id] = true
+	}
+	for _, id := range g.n.logs.replicas() {
+		if id.Group != group0 && !known[id] {
+			g.onDisk[placement.ReplicaRef{Group: id.Group, ID: raft.ServerID(bootstrap.ReplicaID(g.n.cfg.Name, id.Replica))}] = true
 		}
 	}
 	return nil
@@ -184,17 +180,19 @@ func (g *groups) wanted(m *placement.Map) map[placement.ReplicaRef]placement.Sha
 // that it has as lost stays until its group has replaced it: what is left of it
 // may be all that is left.
 func (g *groups) surplus(m *placement.Map) []placement.ReplicaRef {
-	had := make(map[placement.ReplicaRef]bool)
+	had := make(map[wal.ID]bool) // a log does not say whether it is a witness's
 	for _, s := range m.Shards {
 		for _, r := range s.Replicas {
-			had[placement.ReplicaRef{Group: s.Group(), ID: r.ID}] = true
+			if id, err := logID(placement.ReplicaRef{Group: s.Group(), ID: r.ID}); err == nil {
+				had[id] = true
+			}
 		}
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	var surplus []placement.ReplicaRef
 	for r := range g.onDisk {
-		if !had[r] {
+		if id, err := logID(r); err != nil || !had[id] {
 			surplus = append(surplus, r)
 		}
 	}
@@ -272,7 +270,7 @@ const (
 
 // shardConfig describes a replica of a shard.
 func (g *groups) shardConfig(r placement.ReplicaRef) shard.Config {
-	cfg := g.n.replicaConfig(r.Group, r.ID, g.dirOf(r), shardCacheBytes)
+	cfg := g.n.replicaConfig(r, shardCacheBytes)
 	cfg.Sequencer = g.n.sequences
 	cfg.Streams = g.streams
 	cfg.State.Flushes = g.flushes
@@ -340,7 +338,7 @@ func (g *groups) deleteOne(r placement.ReplicaRef) error {
 	if replica != nil {
 		err = replica.Close()
 	}
-	if err = errors.Join(err, os.RemoveAll(g.dirOf(r))); err == nil {
+	if err = errors.Join(err, g.n.logs.remove(r), os.RemoveAll(g.dirOf(r))); err == nil {
 		err = g.n.dir.MarkDeleted(r.Group, string(r.ID))
 	}
 	if err != nil {
@@ -371,7 +369,7 @@ func (g *groups) Lost() []placement.ReplicaRef {
 
 // DiskFree implements placement.Host.
 func (g *groups) DiskFree() uint64 {
-	free, err := freeBytes(g.n.cfg.DataDir)
+	free, err := g.n.freeBytes()
 	if err != nil {
 		return 0
 	}
@@ -432,20 +430,14 @@ var errReplicaLost = errors.New("the replica's files are missing or damaged")
 // opened it. A replica whose files are lost is never made anew: it has
 // forgotten its votes (docs/design.md section 7).
 func (n *Node) openReplicaFiles(cfg shard.Config) (*shard.Replica, error) {
-	id := string(cfg.Replica)
-	if used := n.dir.MayCreate(cfg.Group, id); used == nil {
-		if err := os.RemoveAll(cfg.Dir); err != nil {
-			return nil, fmt.Errorf("clear %s: %w", cfg.Dir, err)
-		}
-		if err := errors.Join(shard.Create(cfg), syncPath(cfg.Dir, n.cfg.DataDir)); err != nil {
+	r := placement.ReplicaRef{Group: cfg.Group, ID: cfg.Replica}
+	if used := n.dir.MayCreate(r.Group, string(r.ID)); used == nil {
+		if err := n.createReplicaFiles(r, cfg); err != nil {
 			return nil, err
 		}
-		if err := n.dir.MarkCreated(cfg.Group, id); err != nil {
-			return nil, err
-		}
-	} else if lost, err := missing(cfg.Dir, n.cfg.OpenLog == nil); err != nil {
+	} else if lost, err := n.missing(r); err != nil {
 		return nil, err
-	} else if lost != "" && cfg.Group != group0 { // what is to be done about used is for group 0 alone
+	} else if lost != "" && r.Group != group0 { // what is to be done about used is for group 0 alone
 		return nil, fmt.Errorf("%w: %s is missing or empty", errReplicaLost, lost)
 	} else if lost != "" {
 		return nil, fmt.Errorf("%w: %s is missing or empty: %w", errReplicaLost, lost, used)
@@ -454,5 +446,23 @@ func (n *Node) openReplicaFiles(cfg shard.Config) (*shard.Replica, error) {
 	if errors.Is(err, raftlog.ErrCorrupt) || errors.Is(err, fsm.ErrCorruptState) || errors.Is(err, shard.ErrLogGap) {
 		return nil, fmt.Errorf("%w: %w", errReplicaLost, err)
 	}
+	if errors.Is(err, wal.ErrCorrupt) { // it is the log of all
+		err = damagedLog(n.cfg.DataDir, err)
+		n.cfg.OnFatal(err)
+	}
 	return replica, err
+}
+
+// createReplicaFiles makes the files of a replica that was never opened.
+func (n *Node) createReplicaFiles(r placement.ReplicaRef, cfg shard.Config) error {
+	if err := os.RemoveAll(cfg.Dir); err != nil {
+		return fmt.Errorf("clear %s: %w", cfg.Dir, err)
+	}
+	if err := n.logs.create(r); err != nil {
+		return err
+	}
+	if err := errors.Join(shard.Create(cfg), syncPath(cfg.Dir, n.cfg.DataDir)); err != nil {
+		return err
+	}
+	return n.dir.MarkCreated(r.Group, string(r.ID))
 }

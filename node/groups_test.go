@@ -20,9 +20,11 @@ import (
 )
 
 // bareGroups are the groups of a node n1 of which nothing runs.
-func bareGroups(t *testing.T) *groups {
+func bareGroups(t *testing.T) *groups { return bareGroupsOf(t, "") }
+
+func bareGroupsOf(t *testing.T, raftLog string) *groups {
 	t.Helper()
-	cfg := Config{Name: "n1", DataDir: t.TempDir(), Strategy: StrategyConsistent, Shards: 1, ReplicationFactor: 1, NoSync: true}
+	cfg := Config{Name: "n1", DataDir: t.TempDir(), RaftLog: raftLog, Strategy: StrategyConsistent, Shards: 1, ReplicationFactor: 1, NoSync: true}
 	cfg.setDefaults()
 	dir, err := bootstrap.Open(cfg.DataDir, cfg.settings())
 	if err != nil {
@@ -30,6 +32,10 @@ func bareGroups(t *testing.T) *groups {
 	}
 	t.Cleanup(func() { _ = dir.Close() })
 	n := &Node{cfg: cfg, log: cfg.Logger, dir: dir}
+	if err := n.openLogs(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = n.logs.close() })
 	n.groups = newGroups(n)
 	return n.groups
 }
@@ -78,7 +84,7 @@ func TestAReplicaThatCannotBeLookedAtIsNotLost(t *testing.T) {
 	if err := g.n.dir.MarkCreated(1, string(id)); err != nil {
 		t.Fatal(err)
 	}
-	cfg := g.n.replicaConfig(1, id, dir, 0)
+	cfg := g.n.replicaConfig(placement.ReplicaRef{Group: 1, ID: id}, 0)
 	if _, err := g.n.openReplicaFiles(cfg); !errors.Is(err, errReplicaLost) || strings.Contains(err.Error(), "delete the directory") {
 		t.Errorf("without files, which are made anew elsewhere: %v", err)
 	}

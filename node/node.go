@@ -6,12 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"maps"
 	"net"
-	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -30,7 +27,6 @@ import (
 	"kvd/server"
 	"kvd/server/kvdpb"
 	"kvd/shard"
-	"kvd/shard/raftlog"
 	"kvd/transport"
 )
 
@@ -40,6 +36,7 @@ type Node struct {
 	log       *slog.Logger
 	dir       *bootstrap.Dir
 	book      *bootstrap.Book
+	logs      raftLogs
 	formation *bootstrap.Formation
 	transport *transport.Transport
 	server    *server.Server
@@ -99,6 +96,9 @@ func (n *Node) start(ctx, background context.Context) error {
 		return err
 	}
 	n.book = n.dir.Book(n.log)
+	if err := n.openLogs(); err != nil {
+		return err
+	}
 
 	listeners, err := n.listen()
 	if err != nil {
@@ -167,7 +167,7 @@ func (n *Node) connect(l *listeners) error {
 		Members:      membership{n},
 		Services:     func(s grpc.ServiceRegistrar) { kvdpb.RegisterAdminServer(s, newAdmin(n)) },
 		TempDir:      n.cfg.DataDir,
-		NoSpace:      newDiskGuard(n.log, n.cfg.DataDir, n.cfg.MinDiskFree).full,
+		NoSpace:      newDiskGuard(n.log, n.cfg.DataDir, n.freeBytes, n.cfg.MinDiskFree).full,
 		TLS:          clientTLS,
 		Pprof:        n.cfg.Pprof, Version: n.cfg.Version,
 		Logger: n.log, Registerer: n.cfg.Registry, Gatherer: n.cfg.Registry,
@@ -230,31 +230,10 @@ func (n *Node) placement() *placement.Reconciler {
 	return n.reconciler
 }
 
-// missing names a file without which the replica is not itself. bbolt would
-// take an empty one for new. One that cannot be looked at may be there.
-func missing(dir string, withLog bool) (string, error) {
-	files := []string{shard.StateFile}
-	if withLog {
-		files = append(files, logFile)
-	}
-	for _, name := range files {
-		path := filepath.Join(dir, name)
-		switch info, err := os.Stat(path); {
-		case errors.Is(err, fs.ErrNotExist), err == nil && info.Size() == 0:
-			return path, nil
-		case err != nil:
-			return "", err
-		}
-	}
-	return "", nil
-}
-
-const logFile = "raft.db"
-
 // group0Config describes this node's replica of group 0.
 func (n *Node) group0Config() shard.Config {
 	outcome := n.outcome()
-	cfg := n.replicaConfig(group0, raft.ServerID(outcome.Replica), filepath.Join(n.cfg.DataDir, "groups", "0"), raftlog.DefaultCacheBytes)
+	cfg := n.replicaConfig(placement.ReplicaRef{Group: group0, ID: raft.ServerID(outcome.Replica)}, group0CacheBytes)
 	if outcome.Founder {
 		cfg.Bootstrap = &raft.Configuration{}
 		for _, m := range outcome.Record.Members {
@@ -264,27 +243,23 @@ func (n *Node) group0Config() shard.Config {
 	return cfg
 }
 
+// group0CacheBytes bounds what of group 0's log, which has all keys in `full`,
+// is kept in memory.
+const group0CacheBytes = 16 << 20
+
 // replicaConfig describes a replica of any group on this node, of whose log as
 // much is kept in memory.
-func (n *Node) replicaConfig(group uint64, id raft.ServerID, dir string, cacheBytes int) shard.Config {
+func (n *Node) replicaConfig(r placement.ReplicaRef, cacheBytes int) shard.Config {
 	return shard.Config{
-		Group: group, ClusterID: n.outcome().ClusterID, Replica: id, Dir: dir,
+		Group: r.Group, ClusterID: n.outcome().ClusterID, Replica: r.ID, Dir: replicaDir(n.cfg.DataDir, r),
 		NewTransport: func(install shard.InstallFunc) (shard.Transport, error) {
-			g, err := n.transport.Group(group, raft.ServerAddress(id), transport.InstallFunc(install))
+			g, err := n.transport.Group(r.Group, raft.ServerAddress(r.ID), transport.InstallFunc(install))
 			if errors.Is(err, transport.ErrClosed) {
 				return nil, fmt.Errorf("%w: %w", shard.ErrClosed, err)
 			}
 			return g, err
 		},
-		OpenLog: func(guard func() uint64) (shard.LogStore, error) {
-			if n.cfg.OpenLog != nil {
-				return n.cfg.OpenLog(dir, group, guard)
-			}
-			return raftlog.Open(raftlog.Options{
-				Path: filepath.Join(dir, logFile), Guard: guard, NoSync: n.cfg.NoSync, CacheBytes: cacheBytes,
-				Logger: n.log, Registerer: shard.WithGroup(n.cfg.Registry, group, id),
-			})
-		},
+		OpenLog:          func(guard func() uint64) (shard.LogStore, error) { return n.logs.open(r, guard, cacheBytes) },
 		State:            fsm.Config{NoSync: n.cfg.NoSync},
 		HeartbeatTimeout: n.cfg.HeartbeatTimeout, ElectionTimeout: n.cfg.ElectionTimeout,
 		SnapshotEntries: n.cfg.SnapshotEntries, SnapshotBytes: n.cfg.SnapshotBytes, TrailingEntries: n.cfg.TrailingEntries,
@@ -453,6 +428,9 @@ func (n *Node) stop() error {
 	}
 	if n.transport != nil {
 		errs = append(errs, n.transport.Close())
+	}
+	if n.logs != nil {
+		errs = append(errs, n.logs.close())
 	}
 	if n.dir != nil {
 		errs = append(errs, n.dir.Close())

@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,6 +34,8 @@ type town struct {
 	peers   map[string]string
 	nodes   map[string]*Node
 	shards  int             // 0: full
+	copies  int             // with shards; 0: 2
+	raftLog string          // of nodes that start from now on
 	deaf    map[string]bool // addresses that nobody connects to from now on
 
 	mu    sync.Mutex
@@ -84,7 +87,7 @@ func (w *town) config(name, dir string) Config {
 	addr := w.peers[name]
 	cfg := Config{
 		Name: name, DataDir: filepath.Join(w.dir, dir), Peers: w.peers,
-		ListenClient: "none", ListenHTTP: "none", ListenPeer: addr, MinDiskFree: 1, NoSync: true,
+		ListenClient: "none", ListenHTTP: "none", ListenPeer: addr, MinDiskFree: 1, NoSync: true, RaftLog: w.raftLog,
 		Network: townNetwork{w.network, w.dialer(addr)},
 		Logger:  slog.New(slog.NewTextHandler(w, nil)).With("on", name),
 		OnFatal: func(err error) {
@@ -94,7 +97,7 @@ func (w *town) config(name, dir string) Config {
 		},
 	}
 	if w.shards > 0 {
-		cfg.Strategy, cfg.Shards, cfg.ReplicationFactor = StrategyConsistent, w.shards, 2
+		cfg.Strategy, cfg.Shards, cfg.ReplicationFactor = StrategyConsistent, w.shards, cmp.Or(w.copies, 2)
 	}
 	return cfg
 }
@@ -329,13 +332,18 @@ func TestANodeWithoutALeaderIsNotDisplaced(t *testing.T) {
 // A replica whose files are gone has forgotten its votes: the node must not
 // begin it afresh under the same id.
 func TestANodeRefusesAReplicaThatLostItsFiles(t *testing.T) {
-	for _, file := range []string{shard.StateFile, logFile, ""} {
-		t.Run("without "+file, func(t *testing.T) {
+	group := filepath.Join(groupsDir, "0")
+	for _, gone := range []struct{ raftLog, path string }{
+		{RaftLogBolt, filepath.Join(group, shard.StateFile)}, {RaftLogBolt, filepath.Join(group, boltFile)}, {RaftLogBolt, group},
+		{RaftLogShared, filepath.Join(group, shard.StateFile)}, {RaftLogShared, group}, {RaftLogShared, sharedDir},
+	} {
+		t.Run(gone.raftLog+" without "+filepath.Base(gone.path), func(t *testing.T) {
 			inTown(t, 1, func(w *town) {
+				w.raftLog = gone.raftLog
 				w.start("n1")
 				w.awaitReady("n1")
 				w.stop("n1")
-				if err := os.RemoveAll(filepath.Join(w.dir, "n1", "groups", "0", file)); err != nil {
+				if err := os.RemoveAll(filepath.Join(w.dir, "n1", gone.path)); err != nil {
 					t.Fatal(err)
 				}
 				n, err := Start(context.Background(), w.config("n1", "n1"))
@@ -529,11 +537,12 @@ func TestValidateNamesTheFlag(t *testing.T) {
 // only, the leader: its log has to say so, once.
 func TestANearlyFullDiskIsSaidOnce(t *testing.T) {
 	var said strings.Builder
-	guard := newDiskGuard(slog.New(slog.NewTextHandler(&said, nil)), t.TempDir(), 1<<62)
+	free := func() (uint64, error) { return 1 << 40, nil }
+	guard := newDiskGuard(slog.New(slog.NewTextHandler(&said, nil)), t.TempDir(), free, 1<<62)
 	for range 3 {
 		guard.next.Store(0)
 		if !guard.full() {
-			t.Error("four exbibytes are free")
+			t.Error("a tebibyte is not enough, and taken for enough")
 		}
 	}
 	guard.minFree = 0

@@ -17,7 +17,6 @@ import (
 	"kvd/placement"
 	"kvd/ring"
 	"kvd/shard"
-	"kvd/shard/raftlog"
 	"kvd/snapshot"
 )
 
@@ -48,7 +47,7 @@ func Restore(ctx context.Context, cfg Config, backup io.Reader) (snapshot.Meta, 
 	if err := os.RemoveAll(work); err != nil {
 		return snapshot.Meta{}, err
 	}
-	meta, err := restoreInto(ctx, work, cfg.settings(), backup)
+	meta, err := restoreInto(ctx, work, cfg, backup)
 	if err != nil {
 		return snapshot.Meta{}, errors.Join(err, os.RemoveAll(work))
 	}
@@ -58,13 +57,22 @@ func Restore(ctx context.Context, cfg Config, backup io.Reader) (snapshot.Meta, 
 	return meta, syncDir(filepath.Dir(target))
 }
 
-func restoreInto(ctx context.Context, dir string, set bootstrap.Settings, backup io.Reader) (meta snapshot.Meta, err error) {
-	d, record, err := bootstrap.Found(dir, set)
+func restoreInto(ctx context.Context, dir string, cfg Config, backup io.Reader) (meta snapshot.Meta, err error) {
+	d, record, err := bootstrap.Found(dir, cfg.settings())
 	if err != nil {
 		return meta, err
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
-	group := filepath.Join(dir, "groups", "0") // a staged file can only be renamed within its directory
+	kind, err := chooseLog(d, dir, cfg.RaftLog)
+	if err != nil {
+		return meta, err
+	}
+	logs, err := openLogs(kind, logConfig{dataDir: dir, logger: cfg.Logger})
+	if err != nil {
+		return meta, err
+	}
+	defer func() { err = errors.Join(err, logs.close()) }()
+	group := replicaDir(dir, placement.ReplicaRef{Group: group0}) // a staged file can only be renamed within its directory
 	if err := os.MkdirAll(group, 0o700); err != nil {
 		return meta, err
 	}
@@ -73,7 +81,7 @@ func restoreInto(ctx context.Context, dir string, set bootstrap.Settings, backup
 		return meta, err
 	}
 	defer func() { err = errors.Join(err, staged.Discard()) }()
-	r := restoration{dir: d, path: dir, record: record, home: set.Name}
+	r := restoration{dir: d, logs: logs, path: dir, record: record, home: cfg.Name}
 	if record.Strategy == StrategyConsistent {
 		err = r.shards(ctx, staged)
 	} else {
@@ -86,6 +94,7 @@ func restoreInto(ctx context.Context, dir string, set bootstrap.Settings, backup
 // first node.
 type restoration struct {
 	dir    *bootstrap.Dir
+	logs   raftLogs
 	path   string
 	record *bootstrap.Record
 	home   string // the node's name
@@ -93,16 +102,15 @@ type restoration struct {
 
 // full makes the backup the state of group 0.
 func (r restoration) full(staged *snapshot.Staged) error {
-	id := r.member().Replica
-	group := filepath.Join(r.path, "groups", "0")
-	state := filepath.Join(group, shard.StateFile)
+	ref := r.group0()
+	state := filepath.Join(replicaDir(r.path, ref), shard.StateFile)
 	if err := staged.Commit(state); err != nil {
 		return err
 	}
-	if err := fsm.Adopt(state, r.first(group0, id)); err != nil {
+	if err := fsm.Adopt(state, r.first(ref)); err != nil {
 		return err
 	}
-	return r.replica(group0, id, group)
+	return r.replica(ref)
 }
 
 // shards makes the backup the states of as many shards as there are to be, all
@@ -134,10 +142,9 @@ const shardsAtOnce = 64
 
 // map0 is the state of group 0 with the map of the new cluster.
 func (r restoration) map0(founding fsm.Request) (err error) {
-	id := r.member().Replica
-	group := filepath.Join(r.path, "groups", "0")
-	first := r.first(group0, id)
-	state, err := fsm.Open(fsm.Config{Path: filepath.Join(group, shard.StateFile), Group: group0, ClusterID: first.ClusterID})
+	ref := r.group0()
+	first := r.first(ref)
+	state, err := fsm.Open(fsm.Config{Path: filepath.Join(replicaDir(r.path, ref), shard.StateFile), Group: group0, ClusterID: first.ClusterID})
 	if err != nil {
 		return err
 	}
@@ -157,7 +164,7 @@ func (r restoration) map0(founding fsm.Request) (err error) {
 	if err := state.Flush(context.Background(), first.Index+1); err != nil {
 		return err
 	}
-	return r.replica(group0, id, group)
+	return r.replica(ref)
 }
 
 // split writes the states of some of the shards, in one pass over the backup.
@@ -169,10 +176,11 @@ func (r restoration) split(ctx context.Context, staged *snapshot.Staged, part []
 		}
 	}()
 	for _, s := range part {
-		if err := os.MkdirAll(r.shardDir(s), 0o700); err != nil {
+		dir := replicaDir(r.path, founder(s))
+		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return err
 		}
-		if builders[s.Number], err = fsm.NewBuilder(filepath.Join(r.shardDir(s), shard.StateFile)); err != nil {
+		if builders[s.Number], err = fsm.NewBuilder(filepath.Join(dir, shard.StateFile)); err != nil {
 			return err
 		}
 	}
@@ -183,51 +191,51 @@ func (r restoration) split(ctx context.Context, staged *snapshot.Staged, part []
 		return err
 	}
 	for _, s := range part {
-		id := string(s.Founders[0])
-		first := r.first(s.Group(), id)
+		first := r.first(founder(s))
 		first.Revision, first.CompactRevision, first.Keys = max(meta.Revision, 1), meta.CompactRevision, -1
 		if err := builders[s.Number].Finish(first); err != nil {
 			return err
 		}
-		if err := r.replica(s.Group(), id, r.shardDir(s)); err != nil {
+		if err := r.replica(founder(s)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (r restoration) shardDir(s placement.Shard) string {
-	return replicaDir(r.path, placement.ReplicaRef{Group: s.Group(), ID: s.Founders[0]})
+// founder is the only replica of a shard yet.
+func founder(s placement.Shard) placement.ReplicaRef {
+	return placement.ReplicaRef{Group: s.Group(), ID: s.Founders[0]}
 }
 
-func (r restoration) member() bootstrap.Member {
+func (r restoration) group0() placement.ReplicaRef {
 	self, _ := r.record.Member(r.home)
-	return self
+	return placement.ReplicaRef{Group: group0, ID: raft.ServerID(self.Replica)}
 }
 
 // first is how the history of a group begins, as raft's own bootstrap would
 // make it begin: with this configuration as its first entry, of term 1. This
 // node alone votes until the others have come in.
-func (r restoration) first(group uint64, id string) snapshot.Meta {
+func (r restoration) first(ref placement.ReplicaRef) snapshot.Meta {
 	return snapshot.Meta{
-		ClusterID: r.record.ClusterID, Group: group, Index: 1, Term: 1, ConfigurationIndex: 1,
-		Configuration: raft.Configuration{Servers: []raft.Server{{ID: raft.ServerID(id), Address: raft.ServerAddress(id)}}},
+		ClusterID: r.record.ClusterID, Group: ref.Group, Index: 1, Term: 1, ConfigurationIndex: 1,
+		Configuration: raft.Configuration{Servers: []raft.Server{{ID: ref.ID, Address: raft.ServerAddress(ref.ID)}}},
 	}
 }
 
 // replica adds an empty log to a state, and makes both durable.
-func (r restoration) replica(group uint64, id, dir string) error {
-	log, err := raftlog.Open(raftlog.Options{Path: filepath.Join(dir, logFile)})
+func (r restoration) replica(ref placement.ReplicaRef) error {
+	if err := r.logs.create(ref); err != nil {
+		return err
+	}
+	log, err := r.logs.open(ref, nil, 0)
 	if err != nil {
 		return err
 	}
-	if err := log.Close(); err != nil {
+	if err := errors.Join(log.Close(), syncPath(replicaDir(r.path, ref), r.path)); err != nil {
 		return err
 	}
-	if err := syncPath(dir, r.path); err != nil {
-		return err
-	}
-	return r.dir.MarkCreated(group, id)
+	return r.dir.MarkCreated(ref.Group, string(ref.ID))
 }
 
 // syncPath makes the names from path up to, and in, root durable.

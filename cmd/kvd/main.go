@@ -81,7 +81,7 @@ func newRootCommand(started *bool) *cobra.Command {
 	add("cluster", newStatusCommand(&client), newHealthCommand(&client), newMemberCommand(&client),
 		newMoveLeaderCommand(&client), newSnapshotCommand(&client), newShardsCommand(&client), newLocateCommand(&client),
 		newExplainCommand(&client))
-	add("", newVersionCommand())
+	add("", newLogCommand(&client), newVersionCommand())
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
 	withoutClientFlags(root, started, "start", "demo", "version", "completion", "help")

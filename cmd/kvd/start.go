@@ -40,6 +40,7 @@ type startOptions struct {
 	heartbeatTimeout, electionTimeout time.Duration
 	snapshotEntries, trailingEntries  uint64
 	snapshotBytes                     int64
+	raftLog                           string
 
 	logLevel, logFormat string
 }
@@ -89,6 +90,7 @@ func (o *startOptions) AddFlags(f *pflag.FlagSet) {
 	f.DurationVar(&o.electionTimeout, "election-timeout", time.Second, "time after which an election without a result is repeated")
 	f.Uint64Var(&o.snapshotEntries, "snapshot-entries", 0, "log entries after which the log is truncated (default 10000)")
 	f.Int64Var(&o.snapshotBytes, "snapshot-bytes", 0, "log bytes after which the log is truncated (default 256 MiB)")
+	f.StringVar(&o.raftLog, "raft-log", "", "shared = one raft log for all replicas of this node, boltdb = a file for each (default: what the directory has, "+node.DefaultRaftLog+" in a new one)")
 	f.Uint64Var(&o.trailingEntries, "trailing-entries", 0, "log entries kept for nodes that lag (default 5000)")
 }
 
@@ -127,6 +129,7 @@ loses nothing either.`,
 	o.AddFlags(cmd.Flags())
 	for flag, values := range map[string][]string{
 		"strategy": {node.StrategyFull, node.StrategyConsistent}, "witnesses": {placement.WitnessesAuto, placement.WitnessesNone},
+		"raft-log":  {node.RaftLogShared, node.RaftLogBolt},
 		"log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
 	} {
 		if err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)); err != nil {
@@ -198,6 +201,7 @@ func (o *startOptions) nodeConfig() (node.Config, error) {
 		Pprof: o.pprof, Version: version,
 		HeartbeatTimeout: o.heartbeatTimeout, ElectionTimeout: o.electionTimeout,
 		SnapshotEntries: o.snapshotEntries, SnapshotBytes: o.snapshotBytes, TrailingEntries: o.trailingEntries,
+		RaftLog: o.raftLog,
 	}
 	completeAddresses(&cfg)
 	if err := checkAdvertised(&cfg); err != nil {

@@ -50,6 +50,11 @@ func full(faults shard.Faults) shape {
 	return shape{nodes: 3, strategy: node.StrategyFull, faults: faults, think: 300 * time.Millisecond}
 }
 
+func lying(s shape) shape {
+	s.lies = true
+	return s
+}
+
 // sharded is five nodes, and a sixth that comes and goes, with eight shards of
 // three copies.
 func sharded(faults shard.Faults) shape {
@@ -184,8 +189,9 @@ func (l *lockedBuffer) save(t *testing.T) string {
 	return f.Name()
 }
 
-// TestSimulation is an hour of three nodes that crash, are cut off, and see
-// slow links, while six clients work. Every history must be linearizable and
+// TestSimulation is an hour of three nodes that crash, lose their power and what
+// they have not synced with it, are cut off, and see slow links, while six
+// clients work. Every history must be linearizable and
 // every replica must end in the same state.
 func TestSimulation(t *testing.T) { campaign(t, full(shard.Faults{})) }
 
@@ -254,8 +260,9 @@ func add(total *linearizability.Summary, s linearizability.Summary) {
 // and fails if no seed shows it.
 func TestPlantedFaultsAreCaught(t *testing.T) {
 	for name, s := range map[string]shape{
-		"reads without confirmation": full(shard.Faults{ReadWithoutConfirmation: true}),
-		"acknowledged before commit": full(shard.Faults{AcknowledgeBeforeCommit: true}),
+		"reads without confirmation":            full(shard.Faults{ReadWithoutConfirmation: true}),
+		"acknowledged before commit":            full(shard.Faults{AcknowledgeBeforeCommit: true}),
+		"disks that lose what they have synced": lying(full(shard.Faults{})),
 		// One that was cut off answers as if nobody else did.
 		"a witness answers reads":                        sharded(shard.Faults{WitnessServes: true}),
 		"a shard is served by its old and its new owner": sharded(shard.Faults{ReadWithoutConfirmation: true}),
@@ -267,6 +274,10 @@ func TestPlantedFaultsAreCaught(t *testing.T) {
 				r := simulate(t, s, seed, runFor, 5*time.Second, &logs)
 				if errors.Is(r.verdict, linearizability.ErrViolation) || errors.Is(r.verdict, errTorn) {
 					t.Logf("caught with seed %d, run %d: %v", seed, seed-first+1, firstLine(r.verdict))
+					return
+				}
+				if s.lies && len(r.halted) > 0 { // a log with a hole
+					t.Logf("caught with seed %d, run %d: %s", seed, seed-first+1, r.halted[0])
 					return
 				}
 			}

@@ -9,14 +9,17 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"testing/synctest"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"kvd/integration/linearizability"
 	"kvd/node"
@@ -33,6 +36,7 @@ type shape struct {
 	copies   int
 	think    time.Duration // a client's mean pause
 	faults   shard.Faults
+	lies     bool // the disks say that they have synced, and have not
 }
 
 // world is one cluster in one synctest bubble.
@@ -63,6 +67,7 @@ type host struct {
 type life struct {
 	cancel context.CancelFunc
 	done   chan struct{} // the node has stopped
+	cut    atomic.Bool   // what it says from now on nobody hears
 
 	mu   sync.Mutex
 	node *node.Node // nil until it has started
@@ -77,13 +82,13 @@ func newWorld(s shape, dir string, logs io.Writer, halted func(string, error)) *
 		name := fmt.Sprintf("n%d", i+1)
 		w.names = append(w.names, name)
 		w.peers[name] = address(name)
-		w.hosts[name] = &host{w: w, name: name, disk: newDisk(filepath.Join(dir, name))}
+		w.hosts[name] = &host{w: w, name: name, disk: newDisk(filepath.Join(dir, name), s.lies)}
 	}
 	for _, h := range w.hosts {
 		h.start()
 	}
 	if s.spare {
-		w.spare = &host{w: w, name: fmt.Sprintf("n%d", s.nodes+1), disk: newDisk(filepath.Join(dir, "spare"))}
+		w.spare = &host{w: w, name: fmt.Sprintf("n%d", s.nodes+1), disk: newDisk(filepath.Join(dir, "spare"), s.lies)}
 	}
 	return w
 }
@@ -108,9 +113,9 @@ func (h *host) start() {
 	h.mu.Unlock()
 	go func() {
 		defer close(l.done)
-		n, err := node.Start(ctx, h.config())
+		n, err := node.Start(ctx, h.config(l))
 		if err != nil {
-			if ctx.Err() == nil {
+			if ctx.Err() == nil && !l.cut.Load() {
 				h.w.halted(h.name, err)
 			}
 			return
@@ -119,13 +124,13 @@ func (h *host) start() {
 		l.node = n
 		l.mu.Unlock()
 		<-ctx.Done()
-		if err := n.Abort(); err != nil {
+		if err := n.Abort(); err != nil && !l.cut.Load() {
 			h.w.halted(h.name, err)
 		}
 	}()
 }
 
-func (h *host) config() node.Config {
+func (h *host) config(l *life) node.Config {
 	peers := h.w.peers
 	if h.via != "" {
 		peers = nil
@@ -141,13 +146,16 @@ func (h *host) config() node.Config {
 		// elect another.
 		HeartbeatTimeout: time.Duration(1+slices.Index(h.w.names, h.name)) * time.Second,
 		Network:          hostNetwork{h.w.network, h.w.network.Dialer(address(h.name))},
-		OpenLog: func(dir string, _ uint64, guard func() uint64) (shard.LogStore, error) {
-			return h.disk.log(dir, guard), nil
+		RaftLog:          node.RaftLogShared,
+		LogFS:            h.disk.logFS(),
+		NoSync:           true,
+		Logger:           slog.New(slog.NewTextHandler(h.w.logs, &slog.HandlerOptions{Level: slog.LevelInfo})).With("on", h.name),
+		OnFatal: func(err error) {
+			if !l.cut.Load() {
+				h.fatal(err)
+			}
 		},
-		NoSync:  true,
-		Logger:  slog.New(slog.NewTextHandler(h.w.logs, &slog.HandlerOptions{Level: slog.LevelInfo})).With("on", h.name),
-		OnFatal: h.fatal,
-		Faults:  h.w.faults,
+		Faults: h.w.faults,
 	}
 }
 
@@ -168,30 +176,68 @@ func (h *host) hasLeft() bool {
 	return h.left
 }
 
-// crash ends the process on the host: connections break, the disk stays.
-func (h *host) crash() {
-	h.mu.Lock()
-	l := h.running
-	h.running = nil
-	h.mu.Unlock()
+// stop ends the process on the host for good.
+func (h *host) stop() {
+	if l := h.end(false); l != nil {
+		h.w.network.DropAll(address(h.name))
+		l.cancel()
+		<-l.done
+	}
+}
+
+// crash ends the process on the host, or cuts the power: the others see its
+// connections break, and the next process finds what was on the disk at that
+// moment.
+func (h *host) crash(rng *rand.Rand) {
+	seed, kill := rng.Uint64(), rng.IntN(3) == 0
+	l := h.end(true)
 	if l == nil {
+		return
+	}
+	h.w.network.Isolate(address(h.name))
+	synctest.Wait() // until nothing writes
+	next, err := h.disk.cut(seed, kill)
+	if err != nil {
+		h.w.halted(h.name, err)
 		return
 	}
 	h.w.network.DropAll(address(h.name))
 	l.cancel()
 	<-l.done
+	if err := next(); err != nil {
+		h.w.halted(h.name, err)
+	}
+	h.w.network.Rejoin(address(h.name))
+}
+
+// end takes the process from the host; nil if there is none. If it is cut, nobody
+// hears of it any more.
+func (h *host) end(cut bool) *life {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	l := h.running
+	h.running = nil
+	if l != nil {
+		l.cut.Store(cut)
+	}
+	return l
 }
 
 func (h *host) node() *node.Node {
+	n, _ := h.current()
+	return n
+}
+
+func (h *host) current() (*node.Node, *life) {
 	h.mu.Lock()
 	l := h.running
 	h.mu.Unlock()
 	if l == nil {
-		return nil
+		return nil, nil
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.node
+	return l.node, l
 }
 
 // digests are those of the host's states, by group; none while it does not run.
@@ -223,10 +269,10 @@ type digest struct{ index, sum uint64 }
 func (w *world) stop() {
 	w.network.HealAll()
 	for _, h := range w.hosts {
-		h.crash()
+		h.stop()
 	}
 	if w.spare != nil {
-		w.spare.crash()
+		w.spare.stop()
 	}
 }
 
@@ -254,9 +300,10 @@ func (w *world) sweepSpare() {
 	if h == nil || !h.hasLeft() {
 		return
 	}
-	h.crash()
-	_ = os.RemoveAll(h.disk.dir)
-	h.disk = newDisk(h.disk.dir)
+	h.stop()
+	if err := h.disk.wipe(); err != nil {
+		w.halted(h.name, err)
+	}
 	h.via, h.left = "", false
 }
 
@@ -274,13 +321,20 @@ func (w *world) leader() string {
 type service struct{ h *host }
 
 func call[Q, A any](ctx context.Context, h *host, do func(pb.KVServer, context.Context, Q) (A, error), request Q) (A, error) {
-	n := h.node()
+	var none A
+	n, l := h.current()
 	if n == nil {
-		var none A
 		return none, fmt.Errorf("%w: the node is down", linearizability.ErrNotSent)
 	}
-	return do(n.KV(), ctx, request)
+	answer, err := do(n.KV(), ctx, request)
+	if l.cut.Load() {
+		return none, errCut
+	}
+	return answer, err
 }
+
+// errCut: whether the request was done, nobody knows.
+var errCut = status.Error(codes.Unavailable, "the node has died")
 
 func (s service) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
 	return call(ctx, s.h, pb.KVServer.Range, r)
@@ -331,11 +385,11 @@ func (w *world) inject(rng *rand.Rand) (fault string, repair func()) {
 	others := slices.DeleteFunc(slices.Clone(w.names), func(n string) bool { return n == victim })
 	switch rng.IntN(7) {
 	case 0:
-		w.hosts[victim].crash()
+		w.hosts[victim].crash(rng)
 		return "crash", w.hosts[victim].start
 	case 1:
 		for _, name := range w.names {
-			w.hosts[name].crash()
+			w.hosts[name].crash(rng)
 		}
 		for _, name := range w.names {
 			w.hosts[name].start()
