@@ -76,7 +76,7 @@ func (l *Log) prepareSegment(number uint64) (*segment, error) {
 	}
 	seg := &segment{file: s.file, path: filepath.Join(l.options.Dir, segmentName(number)), number: number, end: blockBytes}
 	if err := l.beginLife(seg); err != nil {
-		l.giveBack(s)
+		l.discard(s)
 		return nil, fmt.Errorf("prepare %s: %w", seg.path, err)
 	}
 	if err := l.rename(spareName(s.number), segmentName(number)); err != nil {
@@ -200,10 +200,10 @@ func (l *Log) nextSpare() uint64 {
 	return l.lastSpare
 }
 
-func (l *Log) giveBack(s spare) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.spares = append(l.spares, s)
+// discard gives the space of a file back that could not be made a segment. If that fails, the next Open finds it.
+func (l *Log) discard(s spare) {
+	_ = s.file.Close()
+	_ = l.options.FS.Remove(l.path(spareName(s.number)))
 }
 
 // retire makes a segment a spare file, or removes it. No entry in it is needed, and a segment that can be read
