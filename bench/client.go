@@ -94,7 +94,7 @@ type client struct {
 
 	conns      []*grpc.ClientConn // of all clients
 	home, conn int                // which is its own, and which it uses
-	left       int64              // when it last looked after its own while away
+	left       int64              // when it left its own, or last looked whether that is back
 	failures   int                // one after the other
 
 	parent context.Context
@@ -118,7 +118,7 @@ func (c *client) invoke(method string, read func(*call, []byte) error) error {
 	if err != nil {
 		c.call.forget()
 		if status.Code(err) == codes.Unavailable {
-			c.conn = (c.conn + 1) % len(c.conns)
+			c.conn, c.left = (c.conn+1)%len(c.conns), c.run.now()
 		}
 	}
 	return err
