@@ -22,7 +22,9 @@ func TestTimelineHasNoGaps(t *testing.T) {
 	r.shards[1].record(0, 99*ms, 6*ms, outcome{}) // its interval is over
 	r.shards[1].record(0, 420*ms, 40*ms, outcome{})
 	_, timeline := r.finish(450 * time.Millisecond)
-	about := func(d time.Duration, want int64) bool { return d >= time.Duration(want*99/100) && d <= time.Duration(want*101/100) }
+	about := func(d time.Duration, want int64) bool {
+		return d >= time.Duration(want*99/100) && d <= time.Duration(want*101/100)
+	}
 	if len(timeline) != 5 {
 		t.Fatalf("%d intervals: %+v", len(timeline), timeline)
 	}
