@@ -193,7 +193,7 @@ func (l *Log) write(group *request) (at int64, err error) {
 	for r := group; r != nil; r = r.next {
 		b = r.encode(b)
 	}
-	sealBatch(b, l.sequence+1, seg.salt, records)
+	encodeBatchHeader(b, l.sequence+1, seg.salt, records)
 	full := blocks(int64(len(b)))
 	b = append(b, zeros[:full-int64(len(b))]...)
 	if err := l.durably(seg, b); err != nil {
@@ -234,7 +234,7 @@ func (l *Log) durably(seg *segment, b []byte) error {
 // room returns the segment that has room for a batch of that size. It may be a new one, and then the batch
 // begins with a checkpoint, which is added to b.
 func (l *Log) room(sizeBytes int64, b *[]byte) (*segment, error) {
-	if a := l.active; a != nil && a.end+blocks(sizeBytes) <= a.sizeBytes {
+	if a := l.active; a != nil && !a.sealed && a.end+blocks(sizeBytes)+sealBytes <= a.sizeBytes {
 		return a, nil
 	}
 	l.mu.Lock()
@@ -244,7 +244,10 @@ func (l *Log) room(sizeBytes int64, b *[]byte) (*segment, error) {
 	if err != nil {
 		return nil, err
 	}
-	need := blockBytes + blocks(sizeBytes+int64(len(*b)))
+	if err := l.seal(); err != nil {
+		return nil, err
+	}
+	need := blockBytes + blocks(sizeBytes+int64(len(*b))) + sealBytes
 	if need > math.MaxUint32 {
 		return nil, fmt.Errorf("%w: a batch of %d bytes", ErrTooLarge, need)
 	}
@@ -255,6 +258,26 @@ func (l *Log) room(sizeBytes int64, b *[]byte) (*segment, error) {
 		seg.sizeBytes = need
 	}
 	return seg, nil
+}
+
+// sealBytes is kept free at the end of each segment.
+const sealBytes = blockBytes
+
+// seal ends the last segment: the log goes on in the next one, which is there, and would be missed.
+func (l *Log) seal() error {
+	a := l.active
+	if a == nil || a.sealed {
+		return nil
+	}
+	b := appendPlain(make([]byte, batchHeaderBytes, sealBytes), kindSeal, ID{})
+	encodeBatchHeader(b, l.sequence+1, a.salt, 1)
+	if err := l.durably(a, b[:sealBytes]); err != nil {
+		return err
+	}
+	a.sealed = true
+	a.end += sealBytes
+	l.sequence++
+	return nil
 }
 
 // publish makes known what is durable, to those that read and to the next checkpoint.

@@ -174,6 +174,7 @@ type crash struct {
 	fs       *vfs.Memory
 	from, to int // it has these steps, or any in between
 	what     string
+	faults   faults
 }
 
 func (c *crashes) watch(fs *vfs.Memory, seed uint64, every int) {
@@ -192,7 +193,7 @@ func (c *crashes) watch(fs *vfs.Memory, seed uint64, every int) {
 		if n%5 == 0 {
 			left = fs.Kill()
 		}
-		c.taken = append(c.taken, crash{left, c.done, c.done + 1, fmt.Sprintf("before %+v", op)})
+		c.taken = append(c.taken, crash{fs: left, from: c.done, to: c.done + 1, what: fmt.Sprintf("before %+v", op)})
 		return nil
 	})
 }
@@ -212,8 +213,19 @@ func TestCrashAnywhere(t *testing.T) {
 	if testing.Short() {
 		steps, every = 150, 3
 	}
+	taken, recycled, err := crashAnywhere(t, seed, steps, every, faults{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if taken < steps/every || recycled == 0 {
+		t.Errorf("%d crashes, %d with a log that does not begin with its first segment", taken, recycled)
+	}
+}
+
+func crashAnywhere(t *testing.T, seed uint64, steps, every int, f faults) (taken, recycled int, err error) {
 	fs := new(vfs.Memory)
 	o := memoryOptions(fs)
+	o.faults = f
 	var c crashes
 	c.watch(fs, seed, every)
 	l := open(t, o)
@@ -222,7 +234,9 @@ func TestCrashAnywhere(t *testing.T) {
 	for i := range steps {
 		if i%100 == 99 {
 			must(t, l.Close())
-			l = open(t, o)
+			if l, err = Open(o); err != nil {
+				return 0, 0, err
+			}
 			w.reopen(t, l)
 		}
 		change := w.choose()
@@ -232,19 +246,32 @@ func TestCrashAnywhere(t *testing.T) {
 	}
 	must(t, l.Close())
 	fs.Inject(nil)
-	recycled := 0
 	for i, crash := range c.taken {
+		crash.faults = f
 		if err := crash.check(worlds, seed+uint64(i), &recycled); err != nil {
-			t.Fatalf("crash %d, %s, in step %d: %v", i, crash.what, crash.from, err)
+			return 0, 0, fmt.Errorf("crash %d, %s, in step %d: %w", i, crash.what, crash.from, err)
 		}
 	}
-	if len(c.taken) < steps/every || recycled == 0 {
-		t.Errorf("%d crashes, %d with a log that does not begin with its first segment", len(c.taken), recycled)
+	return len(c.taken), recycled, nil
+}
+
+// What protects against crashes is needed: without it the test above fails.
+func TestPlantedFaultsAreSeen(t *testing.T) {
+	for name, f := range map[string]faults{
+		"syncs are left out":               {skipSync: true},
+		"a former life counts":             {ignoreSalt: true},
+		"removals are forgotten":           {forgetBounds: true},
+		"segments go before they are dead": {retireEarly: true},
+	} {
+		if _, _, err := crashAnywhere(t, rand.Uint64(), 250, 5, f); err == nil {
+			t.Errorf("not seen: %s", name)
+		}
 	}
 }
 
 func (c *crash) check(worlds []string, seed uint64, recycled *int) error {
 	o := memoryOptions(c.fs)
+	o.faults = c.faults
 	var again []*vfs.Memory
 	n := uint64(0)
 	c.fs.Inject(func(op vfs.Op) error {
@@ -273,18 +300,20 @@ func (c *crash) check(worlds []string, seed uint64, recycled *int) error {
 		return err
 	}
 	for _, fs := range again { // crashes while it was opened
-		if second, err := reread(fs); err != nil || !slices.Contains(worlds[c.from:min(c.to+1, len(worlds))], second) {
+		if second, err := reread(fs, c.faults); err != nil || !slices.Contains(worlds[c.from:min(c.to+1, len(worlds))], second) {
 			return fmt.Errorf("after a crash while it was opened: %w\n%s", err, second)
 		}
 	}
-	if second, err := reread(c.fs.Crash(seed)); err != nil || second != found {
+	if second, err := reread(c.fs.Crash(seed), c.faults); err != nil || second != found {
 		return fmt.Errorf("after it was closed: %w\n%s\nnot\n%s", err, second, found)
 	}
 	return nil
 }
 
-func reread(fs *vfs.Memory) (string, error) {
-	l, err := Open(memoryOptions(fs))
+func reread(fs *vfs.Memory, f faults) (string, error) {
+	o := memoryOptions(fs)
+	o.faults = f
+	l, err := Open(o)
 	if err != nil {
 		return "", err
 	}

@@ -38,6 +38,8 @@
 //	key         sets a stable key; a vote is one key with term and candidate
 //	create, remove   of a replica. The number of a removed one is never used again
 //	checkpoint  as above
+//	seal        a batch of its own, the last of a segment: the log goes on in the next one, which has its name
+//	            already
 //
 // # Reading it again
 //
@@ -47,10 +49,10 @@
 // and nothing is opened, if
 //
 //   - a sound batch of the segment's life follows in it, or in a later segment;
-//   - a segment with batches begins with any other sequence than the one behind the segment before it (that
-//     is how a segment that is not the last is known to be whole), or with a checkpoint that is not what
-//     reading up to there gives;
-//   - a segment is missing between others, or has no valid header;
+//   - a segment with batches does not follow one that is sealed, or begins with any other sequence than the
+//     one behind the seal (so a segment before it is known to be whole), or with a checkpoint that is not
+//     what reading up to there gives;
+//   - a segment is missing between others, or behind one that is sealed, or has no valid header;
 //   - the mark of a clean close is there and the log does not end where it says. The mark is removed, durably,
 //     before the log takes the first write;
 //   - a record does not fit what is before it, or an entry between a replica's first and last is missing.
@@ -150,8 +152,8 @@ type batchHeader struct {
 	bodyChecksum       uint32
 }
 
-// sealBatch writes the header of the batch in b, whose body is there already.
-func sealBatch(b []byte, sequence, salt uint64, records int) {
+// encodeBatchHeader writes the header of the batch in b, whose body is there already.
+func encodeBatchHeader(b []byte, sequence, salt uint64, records int) {
 	le.PutUint32(b, batchMagic)
 	le.PutUint32(b[4:], uint32(len(b)-batchHeaderBytes))
 	le.PutUint64(b[8:], sequence)

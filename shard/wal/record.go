@@ -19,6 +19,7 @@ const (
 	kindCreate
 	kindRemove
 	kindCheckpoint
+	kindSeal
 )
 
 const (
@@ -135,7 +136,7 @@ func (r *record) decode() error {
 		}
 		n := le.Uint32(r.rest)
 		r.key, r.value = r.rest[4:4+n], r.rest[4+n:]
-	case kindReset, kindCreate, kindRemove:
+	case kindReset, kindCreate, kindRemove, kindSeal:
 		if len(r.rest) != 0 {
 			return fmt.Errorf("%d bytes too many", len(r.rest))
 		}

@@ -179,15 +179,19 @@ func (l *Log) openSpares(names []string) error {
 	return nil
 }
 
-// beginWriting takes the segments without a batch, the last one first, so that no gap is ever seen, and then
-// the marks of the last close.
+// beginWriting takes what is there of segments without a batch: the first is the next one to write to, and the
+// others are spares, the last one first, so that no gap is ever seen. Then it takes the marks of the last close.
 func (l *Log) beginWriting(p *replay, names []string) error {
-	for len(p.files) > p.end {
+	for len(p.files) > p.end+1 {
 		last := p.files[len(p.files)-1]
 		if err := l.retire(last); err != nil {
 			return err
 		}
 		p.files = p.files[:len(p.files)-1]
+	}
+	if len(p.files) > p.end {
+		l.asked = true
+		l.ready <- prepared{segment: p.files[p.end]}
 	}
 	for _, name := range []string{closedTemp, closedName} {
 		if !slices.Contains(names, name) {

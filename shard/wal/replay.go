@@ -66,18 +66,29 @@ func (p *replay) place() place {
 	return place{segment: seg.number, offset: seg.end, sequence: p.sequence}
 }
 
+// whereItEnds is where the next batch would be.
+func (p *replay) whereItEnds() (path string, offset int64) {
+	if p.end < len(p.files) && (p.end == 0 || p.files[p.end-1].sealed) {
+		return p.files[p.end].path, blockBytes
+	}
+	if p.end == 0 {
+		return p.l.options.Dir, 0
+	}
+	return p.files[p.end-1].path, p.files[p.end-1].end
+}
+
 func (p *replay) checkEnd(closed *place) error {
 	now := p.place()
 	if closed != nil && *closed != now {
-		path := p.l.options.Dir
-		if p.end > 0 {
-			path = p.files[p.end-1].path
-		}
-		return corrupt(path, now.offset, "the log was closed at %d of segment %d with batch %d, and ends in segment %d with batch %d",
+		path, offset := p.whereItEnds()
+		return corrupt(path, offset, "the log was closed at %d of segment %d with batch %d, and ends in segment %d with batch %d",
 			closed.offset, closed.segment, closed.sequence, now.segment, now.sequence)
 	}
 	if p.end == 0 && len(p.files) > 0 && p.files[0].number != 1 {
 		return corrupt(p.files[0].path, blockBytes, "the log's first batch is broken")
+	}
+	if p.end > 0 && p.end == len(p.files) && p.files[p.end-1].sealed {
+		return corrupt(p.files[p.end-1].path, now.offset, "it is sealed, and segment %d is missing", now.segment+1)
 	}
 	if closed != nil {
 		return nil
@@ -110,6 +121,9 @@ func (p *replay) segment(seg *segment) (any bool, err error) {
 		seg.end += b.sizeBytes
 		p.sequence = b.header.sequence
 		p.last = batch{offset: b.offset, sizeBytes: b.sizeBytes}
+		if seg.sealed {
+			return true, nil
+		}
 	}
 }
 
@@ -123,10 +137,24 @@ func (p *replay) batch(seg *segment, w *window) (batch, error) {
 		return p.skip(seg, w)
 	case !sound:
 		return batch{}, nil
-	case p.sequence != 0 && b.header.sequence != p.sequence+1 && !p.l.options.faults.ignoreSalt:
-		return batch{}, corrupt(seg.path, seg.end, "batch %d follows batch %d", b.header.sequence, p.sequence)
+	case p.sequence != 0 && !p.l.options.faults.ignoreSalt && !p.l.options.faults.acceptBroken:
+		return b, p.follows(seg, &b)
 	}
 	return b, nil
+}
+
+// follows fails if a batch is not the next one. Where segments meet, the end of the former is what is damaged.
+func (p *replay) follows(seg *segment, b *batch) error {
+	path, offset, sealed := seg.path, seg.end, true
+	if seg.end == blockBytes && p.end > 0 {
+		before := p.files[p.end-1]
+		path, offset, sealed = before.path, before.end, before.sealed
+	}
+	if b.header.sequence == p.sequence+1 && sealed {
+		return nil
+	}
+	return corrupt(path, offset, "behind batch %d nothing sound is here, but batch %d is at %d of segment %d",
+		p.sequence, b.header.sequence, b.offset, seg.number)
 }
 
 // skip is the fault acceptBroken.
@@ -206,6 +234,8 @@ func (p *replay) records(seg *segment, b *batch, firstOfSegment bool) error {
 			err = fmt.Errorf("a record of kind %d where it cannot be", r.kind)
 		case r.kind == kindCheckpoint:
 			err = p.checkpoint(&r)
+		case r.kind == kindSeal:
+			seg.sealed = true
 		default:
 			rep, err = p.record(&r, rep, spot{segment: uint32(seg.number), offset: uint32(at), sizeBytes: uint32(len(r.bytes))})
 		}

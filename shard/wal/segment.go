@@ -14,8 +14,9 @@ type segment struct {
 	salt      uint64
 	sizeBytes int64
 
-	end  int64        // behind the last batch; of whoever writes or replays
-	live atomic.Int64 // bytes of records that are entries of some replica's log
+	end    int64        // behind the last batch; of whoever writes or replays
+	sealed bool         // the last batch says so; likewise
+	live   atomic.Int64 // bytes of records that are entries of some replica's log
 }
 
 // segments are those with batches, in order and without a gap. The last one is written to. Anybody may look;
