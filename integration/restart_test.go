@@ -59,7 +59,19 @@ func trickle(ctx context.Context, t *testing.T, c *cluster.Cluster, l *ledger, p
 // All nodes die at once under load: what was acknowledged is there when they are back.
 func TestKillAllUnderLoad(t *testing.T) {
 	t.Parallel()
-	c := cluster.Run(t, cluster.Config{Args: shortLog})
+	for _, kind := range raftLogs {
+		args := append(shortLog, "--raft-log="+kind)
+		for name, cfg := range map[string]cluster.Config{"full": {Args: args}, "consistent": sharded(3, 8, 3, args...)} {
+			t.Run(name+" "+kind, func(t *testing.T) {
+				t.Parallel()
+				testKillAllUnderLoad(t, cfg)
+			})
+		}
+	}
+}
+
+func testKillAllUnderLoad(t *testing.T, cfg cluster.Config) {
+	c := cluster.Run(t, cfg)
 	var l ledger
 	for round := range 3 {
 		ctx, cancel := context.WithCancel(liveness(t))

@@ -81,15 +81,21 @@ func addDataDir(cmd *cobra.Command, dataDir *string) {
 	}
 }
 
+// damagedLog is an error about a node's directory that says itself what is damaged. It is an errDamaged.
+type damagedLog struct{ error }
+
+func (e damagedLog) Unwrap() error        { return e.error }
+func (e damagedLog) Is(target error) bool { return target == errDamaged }
+
 // logError turns an error about the logs in a directory into one that says what to do.
 func logError(dataDir string, err error) error {
 	switch {
 	case errors.Is(err, bootstrap.ErrInUse):
-		return fmt.Errorf("a node runs in %s: stop it first: %w", dataDir, err)
-	case errors.Is(err, fs.ErrNotExist) && !errors.Is(err, bootstrap.ErrCorrupt):
-		return fmt.Errorf("%s is no node's directory: %w", dataDir, err)
+		return fmt.Errorf("data directory %s is %w: stop the node first", dataDir, bootstrap.ErrInUse)
 	case errors.Is(err, wal.ErrCorrupt), errors.Is(err, raftlog.ErrCorrupt), errors.Is(err, bootstrap.ErrCorrupt):
-		return fmt.Errorf("%w: %w", errDamaged, err)
+		return damagedLog{err}
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%s is no node's directory: correct --data-dir", dataDir)
 	}
 	return err
 }
@@ -97,10 +103,6 @@ func logError(dataDir string, err error) error {
 func (p *printer) logStatus(s node.LogStatus) error {
 	if p.format == formatJSON {
 		return p.json(s)
-	}
-	used := ""
-	if s.Kind == node.RaftLogShared {
-		used = fmt.Sprintf(", %s of it in use, and %d more for later", size(s.LiveBytes), s.Spares)
 	}
 	header := []string{"GROUP", "REPLICA", "FIRST", "LAST", "TERM", "VOTE", "SIZE"}
 	var rows [][]string
@@ -111,7 +113,12 @@ func (p *printer) logStatus(s node.LogStatus) error {
 		}
 		rows = append(rows, []string{fmt.Sprint(r.Group), r.ID, fmt.Sprint(r.First), fmt.Sprint(r.Last), fmt.Sprint(r.Term), vote, size(r.SizeBytes)})
 	}
-	fmt.Fprintf(p.out, "%s: %d replicas in %d files of %s%s\n", s.Kind, len(s.Replicas), s.Files, size(s.SizeBytes), used)
+	summary := [][]string{{"log", s.Kind}, {"replicas", fmt.Sprint(len(s.Replicas))}, {"files", fmt.Sprint(s.Files)}, {"size", size(s.SizeBytes)}}
+	if s.Kind == node.RaftLogShared {
+		summary = append(summary, []string{"in use", size(s.LiveBytes)}, []string{"spare files", fmt.Sprint(s.Spares)})
+	}
+	p.columns(summary)
+	fmt.Fprintln(p.out)
 	if p.format == formatTable {
 		p.table(header, rows)
 	} else {

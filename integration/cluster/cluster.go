@@ -179,7 +179,16 @@ func (c *Cluster) args(n *Node) []string {
 	if c.cfg.TLS == MutualTLS {
 		args = append(args, "--client-cert-auth", "--trusted-ca-file", c.Certs.CA) // either one asks for certificates, as in etcd
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	return append(args, c.cfg.Args...)
+}
+
+// Drop takes a flag out of the next starts of all nodes.
+func (c *Cluster) Drop(flag string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.cfg.Args = slices.DeleteFunc(slices.Clone(c.cfg.Args), func(f string) bool { return f == flag })
 }
 
 // peers is a node's view of the others: their links if there are any, else their addresses.

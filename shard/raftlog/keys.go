@@ -9,8 +9,12 @@ import (
 // boltKeys is raft-boltdb's bucket of stable keys.
 var boltKeys = []byte("conf")
 
-// Keys returns the stable keys of a file that nobody has open, as a raft that opens it reads them.
+// Keys returns the stable keys of a file that nobody has open, as a raft that opens it reads them. It fails with
+// ErrCorrupt if the file is damaged.
 func Keys(path string) (map[string][]byte, error) {
+	if err := check(path); err != nil {
+		return nil, err
+	}
 	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockTimeout, ReadOnly: true})
 	if err != nil {
 		return nil, fmt.Errorf("open raft log %s: %w", path, err)

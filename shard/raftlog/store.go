@@ -178,8 +178,8 @@ func syncDir(dir string) error {
 // reads only the keys. It does that where a damaged page would end the process, hence the check before.
 func openBolt(o Options) (*raftboltdb.BoltStore, error) {
 	if info, err := os.Stat(o.Path); err == nil && info.Size() > 0 {
-		if err := boltcheck.File(context.Background(), o.Path); err != nil {
-			return nil, fmt.Errorf("open raft log: %w: %s: %w", ErrCorrupt, o.Path, err)
+		if err := check(o.Path); err != nil {
+			return nil, err
 		}
 	}
 	bolt, err := raftboltdb.New(raftboltdb.Options{
@@ -197,6 +197,13 @@ func openBolt(o Options) (*raftboltdb.BoltStore, error) {
 		return nil, fmt.Errorf("open raft log %s: %w", o.Path, err)
 	}
 	return bolt, nil
+}
+
+func check(path string) error {
+	if err := boltcheck.File(context.Background(), path); err != nil {
+		return fmt.Errorf("open raft log: %w: %s: %w", ErrCorrupt, path, err)
+	}
+	return nil
 }
 
 // loadBounds reads the first and last index, and that these two entries are what their keys say.
