@@ -88,8 +88,8 @@ func TestRecorderAddsUp(t *testing.T) {
 	}
 	slices.Sort(latencies)
 	for _, p := range []float64{50, 90, 99, 99.9} {
-		want := float64(latencies[int(float64(len(latencies)-1)*p/100)])
-		if got := float64(operations[0].Percentile(p)); got < want*0.97 || got > want*1.03 {
+		want := float64(latencies[int(float64(len(latencies))*p/100+0.5)-1])
+		if got := float64(operations[0].Percentile(p)); got < want*0.998 || got > want*1.002 {
 			t.Errorf("p%v is %v, want %v", p, got, want)
 		}
 	}
