@@ -3,6 +3,7 @@ package wal
 import (
 	"fmt"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -146,4 +147,45 @@ func BenchmarkGetLog(b *testing.B) {
 			}
 		})
 	}
+}
+
+// BenchmarkAppendCPU leaves the disk out: what the log itself costs.
+func BenchmarkAppendCPU(b *testing.B) {
+	for _, replicas := range []int{1, 64} {
+		b.Run(fmt.Sprint(replicas), func(b *testing.B) {
+			l := open(b, Options{Dir: filepath.Join(b.TempDir(), "log"), NoSync: true})
+			defer l.Close()
+			stores := make([]appender, replicas)
+			for i := range stores {
+				stores[i] = openReplica(b, l, ID{1, uint64(i + 1)}, ReplicaOptions{CacheBytes: 1 << 20})
+			}
+			benchmarkAppend(b, stores, 300)
+		})
+	}
+}
+
+// BenchmarkIdleReplica says what a replica with a short log costs in memory.
+func BenchmarkIdleReplica(b *testing.B) {
+	l := open(b, Options{Dir: filepath.Join(b.TempDir(), "log"), NoSync: true})
+	defer l.Close()
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	n := uint64(0)
+	var stores []*Store
+	for b.Loop() {
+		n++
+		s := openReplica(b, l, ID{n, 1}, ReplicaOptions{CacheBytes: 1 << 20})
+		must(b, s.SetUint64([]byte("CurrentTerm"), 3))
+		must(b, s.SetUint64(keyVoteTerm, 3))
+		must(b, s.Set(keyVoteCandidate, []byte("n1/1")))
+		for i := range uint64(5) {
+			must(b, s.StoreLog(&raft.Log{Index: i + 1, Term: 3, Data: []byte("x")}))
+		}
+		stores = append(stores, s)
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/float64(n), "bytes/replica")
+	runtime.KeepAlive(stores)
 }

@@ -10,15 +10,14 @@ import (
 )
 
 const (
-	// copyBytes bounds what is copied of one replica at a time: its own writes wait so long.
-	copyBytes = 256 << 10
+	// copyBytes bounds what is copied of one replica at a time, and copiers of how many: the writes of all wait
+	// for the batch that these share. hurriedBytes is for a log that grows faster than that.
+	copyBytes    = 64 << 10
+	hurriedBytes = 1 << 20
+	copiers      = 16
 
 	// copyAhead is read at once: what belongs to one replica may lie far apart.
 	copyAhead = 16 << 10
-
-	// copiers is of how many replicas entries are copied at the same time, in the batches that all share: as
-	// much as others append, so that the log does not grow while it is cleaned.
-	copiers = 16
 )
 
 // clean lets the oldest segments go, as soon as nothing in them is needed, and copies what is left of them
@@ -73,6 +72,13 @@ func worthCopying(oldest *segment, count int) bool {
 func (l *Log) long() bool {
 	size, live := l.segments.sizes()
 	return size > 2*live+2*l.options.SegmentBytes
+}
+
+func (l *Log) copyStep() int {
+	if size, live := l.segments.sizes(); size > 4*live+4*l.options.SegmentBytes {
+		return hurriedBytes
+	}
+	return copyBytes
 }
 
 func (l *Log) everybody() []*replica {
@@ -138,8 +144,8 @@ func (l *Log) copySome(rep *replica, oldest *segment, w *window, from uint64) (n
 	rep.turn <- struct{}{}
 	defer func() { <-rep.turn }()
 	var b []byte
-	records := 0
-	for from = rep.nextIn(oldest.number, from); from != 0 && len(b) < copyBytes; from = rep.nextIn(oldest.number, from+1) {
+	records, step := 0, l.copyStep()
+	for from = rep.nextIn(oldest.number, from); from != 0 && len(b) < step; from = rep.nextIn(oldest.number, from+1) {
 		at := rep.at(from)
 		r, err := readRecord(w, at, rep.id, from)
 		if err != nil {
