@@ -77,7 +77,7 @@ func (c *copier) node(n *node) *node {
 	if out := c.nodes[n]; out != nil {
 		return out
 	}
-	out := &node{}
+	out := &node{path: n.path}
 	c.nodes[n] = out
 	switch {
 	case n.contents != nil:

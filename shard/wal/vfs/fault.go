@@ -35,7 +35,7 @@ func (k Kind) Changes() bool {
 // Op is an operation that is about to begin.
 type Op struct {
 	Kind   Kind
-	Name   string // of the file or directory; the new one of a rename
+	Name   string // of the file, as it is called now, or directory; the new one of a rename
 	From   string // the old name of a rename
 	Offset int64  // of a read or write
 	Bytes  int64  // of a read or write; the size of a truncate or preallocate

@@ -128,7 +128,7 @@ func (m *Memory) Open(name string, create bool) (File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &memoryFile{m: m, n: n, name: name}, nil
+	return &memoryFile{m: m, n: n}, nil
 }
 
 func (m *Memory) open(name string, create bool) (*node, error) {
@@ -141,11 +141,12 @@ func (m *Memory) open(name string, create bool) (*node, error) {
 	case n == nil && !create:
 		return nil, pathError(OpOpen, name, fs.ErrNotExist)
 	case n == nil:
-		n = &node{contents: newContents()}
+		n = &node{contents: newContents(), path: name}
 		dir.set(filepath.Base(name), n)
 	case n.dir != nil:
 		return nil, pathError(OpOpen, name, syscall.EISDIR)
 	}
+	n.path = name // a crash may have brought another one back
 	return n, nil
 }
 
@@ -181,6 +182,7 @@ func (m *Memory) Rename(from, to string) error {
 	case n == nil:
 		return pathError(OpRename, from, fs.ErrNotExist)
 	}
+	n.path = to
 	dir.rename(filepath.Base(from), filepath.Base(to), n)
 	return nil
 }

@@ -10,24 +10,29 @@ import (
 type memoryFile struct {
 	m      *Memory
 	n      *node
-	name   string
 	closed bool // under m.mu
+}
+
+func (f *memoryFile) name() string {
+	f.m.mu.Lock()
+	defer f.m.mu.Unlock()
+	return f.n.path
 }
 
 // check is called with the lock held.
 func (f *memoryFile) check(op Kind, valid bool) error {
 	switch {
 	case f.closed:
-		return pathError(op, f.name, fs.ErrClosed)
+		return pathError(op, f.n.path, fs.ErrClosed)
 	case !valid:
-		return pathError(op, f.name, syscall.EINVAL)
+		return pathError(op, f.n.path, syscall.EINVAL)
 	}
 	return nil
 }
 
 // ReadAt implements io.ReaderAt.
 func (f *memoryFile) ReadAt(b []byte, off int64) (int, error) {
-	err := f.m.begin(Op{Kind: OpRead, Name: f.name, Offset: off, Bytes: int64(len(b))})
+	err := f.m.begin(Op{Kind: OpRead, Name: f.name(), Offset: off, Bytes: int64(len(b))})
 	defer f.m.mu.Unlock()
 	if err != nil {
 		return 0, err
@@ -45,7 +50,7 @@ func (f *memoryFile) ReadAt(b []byte, off int64) (int, error) {
 
 // WriteAt implements io.WriterAt.
 func (f *memoryFile) WriteAt(b []byte, off int64) (int, error) {
-	injected := f.m.begin(Op{Kind: OpWrite, Name: f.name, Offset: off, Bytes: int64(len(b))})
+	injected := f.m.begin(Op{Kind: OpWrite, Name: f.name(), Offset: off, Bytes: int64(len(b))})
 	defer f.m.mu.Unlock()
 	if err := f.check(OpWrite, off >= 0); err != nil {
 		return 0, err
@@ -54,7 +59,7 @@ func (f *memoryFile) WriteAt(b []byte, off int64) (int, error) {
 		return f.writeFaulty(b, off, injected)
 	}
 	if err := f.m.room(off + int64(len(b)) - f.n.contents.size); err != nil {
-		return 0, pathError(OpWrite, f.name, err)
+		return 0, pathError(OpWrite, f.n.path, err)
 	}
 	f.n.contents.write(off, b)
 	return len(b), nil
@@ -78,7 +83,7 @@ func (f *memoryFile) writeFaulty(b []byte, off int64, err error) (int, error) {
 
 // Sync implements File.
 func (f *memoryFile) Sync() error {
-	injected := f.m.begin(Op{Kind: OpSync, Name: f.name})
+	injected := f.m.begin(Op{Kind: OpSync, Name: f.name()})
 	defer f.m.mu.Unlock()
 	if err := f.check(OpSync, true); err != nil {
 		return err
@@ -94,7 +99,7 @@ func (f *memoryFile) Sync() error {
 
 // Size implements File.
 func (f *memoryFile) Size() (int64, error) {
-	err := f.m.begin(Op{Kind: OpSize, Name: f.name})
+	err := f.m.begin(Op{Kind: OpSize, Name: f.name()})
 	defer f.m.mu.Unlock()
 	if err != nil {
 		return 0, err
@@ -113,7 +118,7 @@ func (f *memoryFile) Preallocate(size int64) error {
 }
 
 func (f *memoryFile) resize(op Kind, size int64, change func()) error {
-	err := f.m.begin(Op{Kind: op, Name: f.name, Bytes: size})
+	err := f.m.begin(Op{Kind: op, Name: f.name(), Bytes: size})
 	defer f.m.mu.Unlock()
 	if err != nil {
 		return succeed(err)
@@ -122,7 +127,7 @@ func (f *memoryFile) resize(op Kind, size int64, change func()) error {
 		return err
 	}
 	if err := f.m.room(size - f.n.contents.size); err != nil {
-		return pathError(op, f.name, err)
+		return pathError(op, f.n.path, err)
 	}
 	change()
 	return nil
@@ -133,7 +138,7 @@ func (f *memoryFile) Close() error {
 	f.m.mu.Lock()
 	defer f.m.mu.Unlock()
 	if f.closed {
-		return pathError("close", f.name, fs.ErrClosed)
+		return pathError("close", f.n.path, fs.ErrClosed)
 	}
 	f.closed = true
 	return nil

@@ -6,6 +6,7 @@ import "maps"
 type node struct {
 	dir      *directory
 	contents *contents // if it is a file
+	path     string    // of a file: the name that it has, or had until it was removed
 }
 
 func newDir() *node { return &node{dir: &directory{names: map[string]*node{}}} }
