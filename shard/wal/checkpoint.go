@@ -56,7 +56,7 @@ func appendBytes(b, value []byte) []byte {
 }
 
 // maxReplayEntries bounds what a damaged checkpoint can make a replay allocate.
-const maxReplayEntries = 1 << 32
+const maxReplayEntries = 1 << 28
 
 var errCheckpoint = errors.New("a checkpoint that cannot be read")
 

@@ -143,7 +143,7 @@ func (l *Log) rewrite(p *replay) error {
 	}
 	seg := p.files[p.end-1]
 	w := window{file: seg.file, sizeBytes: seg.sizeBytes}
-	b, err := w.read(p.last.offset, p.last.sizeBytes)
+	b, err := w.read(p.last.offset, min(p.last.sizeBytes, seg.sizeBytes-p.last.offset)) // its filling may be cut off
 	if err == nil {
 		_, err = seg.file.WriteAt(b, p.last.offset)
 	}
