@@ -203,15 +203,21 @@ func overwrite(path string, offset int64, change func([]byte)) error {
 
 // canDoWithout are files without which a node may still have everything: a member has no more need of the
 // record of how its cluster began, and a log that still begins at its first entry holds the whole state. The
-// log itself holds the votes.
-var canDoWithout = map[string]bool{"bootstrap.json": true, "groups/0/state.db": true}
+// log itself holds the votes. Without the mark of a clean stop the shared log is as after a crash.
+var canDoWithout = map[string]bool{"bootstrap.json": true, "groups/0/state.db": true, "log/closed": true}
 
 // A node whose files are damaged says so and does not start; it does not crash, nor serve from a part of its
 // data as if that were all.
 func TestDamagedFiles(t *testing.T) {
 	t.Parallel()
+	for _, kind := range raftLogs {
+		t.Run(kind, func(t *testing.T) { testDamagedFiles(t, kind) })
+	}
+}
+
+func testDamagedFiles(t *testing.T, raftLog string) {
 	random := rand.New(rand.NewPCG(seed(t), 0))
-	c := cluster.Run(t, cluster.Config{Nodes: 1, Args: shortLog})
+	c := cluster.Run(t, cluster.Config{Nodes: 1, Args: append(shortLog, "--raft-log="+raftLog)})
 	n := c.Node("n1")
 	data := pairs("damaged", 0, 300)
 	write(t, c, "n1", data)
@@ -232,7 +238,7 @@ func TestDamagedFiles(t *testing.T) {
 				must(t, n.Start())
 				err := c.WaitReady(liveness(t), "n1")
 				switch {
-				case err == nil && damage.may && filepath.Ext(file) == ".db":
+				case err == nil && damage.may && (filepath.Ext(file) == ".db" || filepath.Ext(file) == ".segment"):
 					must(t, n.Kill())
 				case err == nil && canDoWithout[file]:
 					read(t, c, "n1", data)

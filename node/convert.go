@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/hashicorp/raft"
@@ -35,7 +34,7 @@ type Conversion struct {
 // same entries, terms and votes. No node may run in it (bootstrap.ErrInUse).
 //
 // The old form is in force, and complete, until the new one is on the disk, has
-// been read back and compared; then one rename of identity.json puts the new
+// been read back and compared; then one rename, of identity.json, puts the new
 // one in force, and the old one is removed. After a crash in between, the
 // next start of the node, or conversion, removes what is not in force.
 func ConvertLog(ctx context.Context, dataDir, to string) (Conversion, error) {
@@ -126,11 +125,9 @@ func (c *conversion) move(ctx context.Context) (err error) {
 // pass does something with the new logs, which are closed afterwards.
 func (c *conversion) pass(do func(target raftLogs) error) (err error) {
 	c.step("open")
-	var target raftLogs = boltLogs{c.config()}
-	if c.To == RaftLogShared {
-		if target, err = openShared(c.config(), convertingDir); err != nil {
-			return err
-		}
+	target, err := openLogs(c.To, c.config())
+	if err != nil {
+		return err
 	}
 	defer func() { err = errors.Join(err, target.close()) }()
 	if err := do(target); err != nil {
@@ -217,18 +214,13 @@ func sameEntry(a, b *raft.Log) bool {
 		bytes.Equal(a.Data, b.Data) && bytes.Equal(a.Extensions, b.Extensions) && a.AppendedAt.Equal(b.AppendedAt)
 }
 
-// settle makes the new form durable, in its place.
+// settle makes the names of the new form durable.
 func (c *conversion) settle(replicas []placement.ReplicaRef) error {
+	c.step("sync")
 	if c.To == RaftLogShared {
-		c.step("rename")
-		if err := os.Rename(filepath.Join(c.path, convertingDir), filepath.Join(c.path, sharedDir)); err != nil {
-			return err
-		}
-		c.step("sync")
 		return syncDir(c.path)
 	}
 	for _, r := range replicas {
-		c.step("sync")
 		if err := syncPath(replicaDir(c.path, r), c.path); err != nil {
 			return err
 		}

@@ -142,7 +142,7 @@ func works(t *testing.T, dataDir, raftLog string) {
 func logFiles(t *testing.T, dataDir string) (found []string) {
 	t.Helper()
 	err := filepath.WalkDir(dataDir, func(path string, _ os.DirEntry, err error) error {
-		if base := filepath.Base(path); base == boltFile || base == sharedDir || base == convertingDir {
+		if base := filepath.Base(path); base == boltFile || base == sharedDir {
 			found = append(found, base)
 		}
 		return err
@@ -249,9 +249,9 @@ func TestAConversionThatIsKilled(t *testing.T) {
 func TestLeftoversOfTheOtherFormAreRemoved(t *testing.T) {
 	for _, kind := range []string{RaftLogShared, RaftLogBolt} {
 		dataDir := worked(t, kind)
-		for _, path := range []string{filepath.Join(sharedDir, "x"), filepath.Join(convertingDir, "x"), filepath.Join(groupsDir, "0", boltFile), filepath.Join(groupsDir, "2", "3", boltFile)} {
+		for _, path := range []string{filepath.Join(sharedDir, "x"), filepath.Join(groupsDir, "0", boltFile), filepath.Join(groupsDir, "2", "3", boltFile)} {
 			path = filepath.Join(dataDir, path)
-			if strings.Contains(path, boltFile) == (kind == RaftLogBolt) || filepath.Base(filepath.Dir(path)) == sharedDir && kind == RaftLogShared {
+			if (filepath.Base(path) == boltFile) == (kind == RaftLogBolt) {
 				continue
 			}
 			if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte("old"), 0o600)); err != nil {
@@ -268,6 +268,40 @@ func TestLeftoversOfTheOtherFormAreRemoved(t *testing.T) {
 			t.Errorf("%s: there are %v", kind, files)
 		}
 	}
+}
+
+// The shared log can be on a disk of its own, whose directory stays.
+func TestTheSharedLogOnAnotherDisk(t *testing.T) {
+	inTown(t, 1, func(w *town) {
+		other, dataDir := filepath.Join(w.dir, "disk"), filepath.Join(w.dir, "n1")
+		link := filepath.Join(dataDir, sharedDir)
+		if err := errors.Join(os.MkdirAll(filepath.Join(other, "lost+found"), 0o700), os.MkdirAll(dataDir, 0o700), os.Symlink(other, link)); err != nil {
+			t.Fatal(err)
+		}
+		w.raftLog = RaftLogShared
+		w.start("n1")
+		w.awaitReady("n1")
+		kvPut(t, w.nodes["n1"], "k", "v")
+		w.stop("n1")
+		want := contents(t, dataDir)
+		for _, to := range []string{RaftLogBolt, RaftLogShared} {
+			if _, err := ConvertLog(context.Background(), dataDir, to); err != nil {
+				t.Fatal(err)
+			}
+			if got := contents(t, dataDir); !reflect.DeepEqual(got, want) {
+				t.Errorf("%s has %v, not %v", to, got, want)
+			}
+			files, err := os.ReadDir(other)
+			if target, lerr := os.Readlink(link); err != nil || lerr != nil || target != other || (len(files) > 1) != (to == RaftLogShared) {
+				t.Errorf("with %s the other disk has %v, %v; %v", to, files, err, lerr)
+			}
+		}
+		w.start("n1")
+		w.awaitReady("n1")
+		if got := kvGet(t, w.nodes["n1"], "k"); got != "v" {
+			t.Errorf("k = %q", got)
+		}
+	})
 }
 
 // A directory keeps the kind of log that it has; one that has none yet takes

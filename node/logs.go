@@ -32,10 +32,9 @@ const (
 
 // In a data directory.
 const (
-	groupsDir     = "groups"
-	boltFile      = "raft.db" // in a replica's directory
-	sharedDir     = "log"
-	convertingDir = "log.converting"
+	groupsDir = "groups"
+	boltFile  = "raft.db" // in a replica's directory
+	sharedDir = "log"
 )
 
 // raftLogs are the raft logs of a node's replicas.
@@ -131,16 +130,11 @@ func openLogs(kind string, c logConfig) (raftLogs, error) {
 	if kind == RaftLogBolt {
 		return boltLogs{c}, nil
 	}
-	return openShared(c, sharedDir)
-}
-
-// openShared opens or makes the shared log in a directory of the data directory.
-func openShared(c logConfig, name string) (raftLogs, error) {
 	noSync := c.noSync && c.fs == nil
 	if c.fs == nil {
 		c.fs = vfs.OS
 	}
-	dir := filepath.Join(c.dataDir, name)
+	dir := filepath.Join(c.dataDir, sharedDir)
 	log, err := wal.Open(wal.Options{Dir: dir, FS: c.fs, NoSync: noSync, Logger: c.logger, Registerer: c.registerer})
 	if err != nil {
 		return nil, damagedLog(c.dataDir, err)
@@ -157,27 +151,40 @@ func damagedLog(dataDir string, err error) error {
 	return fmt.Errorf("data directory %s is damaged: %w: delete its contents so that the node rejoins its cluster with an empty one, or restore a backup if it was alone; an older copy of the directory loses writes", dataDir, err)
 }
 
-// clearLogs removes what a conversion has left of the other kind, or of one
-// that it has not finished.
+// clearLogs removes what there is of the other kind: it is older, or of a
+// conversion that was not finished.
 func clearLogs(dataDir, kind string) error {
-	gone := []string{filepath.Join(dataDir, convertingDir)}
 	if kind == RaftLogBolt {
-		gone = append(gone, filepath.Join(dataDir, sharedDir))
-	} else {
-		dirs, err := replicaDirs(dataDir)
-		if err != nil {
-			return err
-		}
-		for _, dir := range dirs {
-			gone = append(gone, filepath.Join(dir, boltFile))
-		}
+		return clearShared(filepath.Join(dataDir, sharedDir))
 	}
-	for _, path := range gone {
-		if err := os.RemoveAll(path); err != nil {
+	dirs, err := replicaDirs(dataDir)
+	if err != nil {
+		return err
+	}
+	for _, dir := range dirs {
+		if err := os.Remove(filepath.Join(dir, boltFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
 	return nil
+}
+
+// clearShared removes the files of a shared log, and the directory unless it is
+// where another disk begins.
+func clearShared(dir string) error {
+	files, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, f := range files {
+		if f.Name() != "lost+found" {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, f.Name())))
+		}
+	}
+	if info, lerr := os.Lstat(dir); err == nil && lerr == nil && info.IsDir() {
+		_ = os.Remove(dir)
+	}
+	return err
 }
 
 // replicaDirs are the directories of all replicas in a data directory, whether

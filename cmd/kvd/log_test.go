@@ -12,7 +12,7 @@ import (
 
 func TestLogCommands(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "n1.kvd")
-	if code, _, errOut := kvd(t, "", "snapshot", "restore", makeBackup(t), "--data-dir", dir); code != exitOK {
+	if code, _, errOut := kvd(t, "", "snapshot", "restore", makeBackup(t), "--data-dir", dir, "--raft-log", node.RaftLogShared); code != exitOK {
 		t.Fatalf("exit code %d: %s", code, errOut)
 	}
 	show := func() string {
@@ -23,7 +23,7 @@ func TestLogCommands(t *testing.T) {
 		}
 		return out
 	}
-	if out := show(); !strings.Contains(out, node.DefaultRaftLog) {
+	if out := show(); !strings.Contains(out, node.RaftLogShared) {
 		t.Errorf("a restored directory has %s", out)
 	}
 	for _, kind := range []string{node.RaftLogBolt, node.RaftLogShared, node.RaftLogBolt} {

@@ -37,7 +37,7 @@ join it when they start with empty directories.`,
 				return err
 			}
 			cfg := node.Config{Name: o.name, DataDir: cmp.Or(o.dataDir, "./"+o.name+".kvd"), Peers: peers, ClusterToken: o.clusterToken,
-				Strategy: o.strategy, Shards: o.shards, ReplicationFactor: o.replicationFactor, Witnesses: o.witnesses}
+				Strategy: o.strategy, Shards: o.shards, ReplicationFactor: o.replicationFactor, Witnesses: o.witnesses, RaftLog: o.raftLog}
 			info, err := os.Stat(args[0])
 			if err != nil {
 				return err
@@ -64,5 +64,6 @@ join it when they start with empty directories.`,
 		},
 	}
 	o.addClusterFlags(cmd.Flags())
+	o.addRaftLogFlag(cmd.Flags())
 	return cmd
 }

@@ -90,8 +90,12 @@ func (o *startOptions) AddFlags(f *pflag.FlagSet) {
 	f.DurationVar(&o.electionTimeout, "election-timeout", time.Second, "time after which an election without a result is repeated")
 	f.Uint64Var(&o.snapshotEntries, "snapshot-entries", 0, "log entries after which the log is truncated (default 10000)")
 	f.Int64Var(&o.snapshotBytes, "snapshot-bytes", 0, "log bytes after which the log is truncated (default 256 MiB)")
-	f.StringVar(&o.raftLog, "raft-log", "", "shared = one raft log for all replicas of this node, boltdb = a file for each (default: what the directory has, "+node.DefaultRaftLog+" in a new one)")
+	o.addRaftLogFlag(f)
 	f.Uint64Var(&o.trailingEntries, "trailing-entries", 0, "log entries kept for nodes that lag (default 5000)")
+}
+
+func (o *startOptions) addRaftLogFlag(f *pflag.FlagSet) {
+	f.StringVar(&o.raftLog, "raft-log", "", "shared = one raft log for all replicas of this node, boltdb = a file for each (default: what the directory has, "+node.DefaultRaftLog+" in a new one)")
 }
 
 func newStartCommand() *cobra.Command {

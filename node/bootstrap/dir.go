@@ -35,6 +35,9 @@ const (
 	recordFile    = "bootstrap.json"
 	replicasFile  = "replicas.json"
 	addressesFile = "addresses.json"
+
+	logDir    = "log"
+	lostFound = "lost+found"
 )
 
 // identity is the body of identity.json.
@@ -205,7 +208,11 @@ func (d *Dir) checkOurs() error {
 			return nil
 		case recordFile, "groups":
 			ours = name
-		case lockFile, replicasFile, addressesFile, "lost+found", identityFile + tempSuffix, replicasFile + tempSuffix, addressesFile + tempSuffix:
+		case logDir: // made beforehand, for a disk of its own
+			if !empty(filepath.Join(d.path, name)) {
+				foreign = name
+			}
+		case lockFile, replicasFile, addressesFile, lostFound, identityFile + tempSuffix, replicasFile + tempSuffix, addressesFile + tempSuffix:
 		default:
 			foreign = name
 		}
@@ -217,6 +224,12 @@ func (d *Dir) checkOurs() error {
 		return fmt.Errorf("data directory %s is %w: it holds %.100q: choose an empty one with --data-dir", d.path, ErrForeign, foreign)
 	}
 	return nil
+}
+
+// empty reports whether it is a directory with nothing in it, or a disk with nothing on it.
+func empty(dir string) bool {
+	entries, err := os.ReadDir(dir)
+	return err == nil && !slices.ContainsFunc(entries, func(e os.DirEntry) bool { return e.Name() != lostFound })
 }
 
 func (d *Dir) load() error {

@@ -193,6 +193,10 @@ func TestDirRefusesWhatIsDamagedOrForeign(t *testing.T) {
 			os.Rename(filepath.Join(path, recordFile), filepath.Join(path, identityFile))
 		}, ErrCorrupt},
 		"only the groups": {func(t *testing.T, path string) { os.RemoveAll(path); os.MkdirAll(filepath.Join(path, "groups"), 0o700) }, ErrCorrupt},
+		"a log of something else": {func(t *testing.T, path string) {
+			os.RemoveAll(path)
+			os.MkdirAll(filepath.Join(path, "log", "messages"), 0o700)
+		}, ErrForeign},
 		"a home directory": {func(t *testing.T, path string) {
 			os.RemoveAll(path)
 			os.MkdirAll(filepath.Join(path, "Documents"), 0o700)
@@ -393,6 +397,15 @@ func TestSettingsValidate(t *testing.T) {
 	if err := good.Validate(); err != nil {
 		t.Error(err)
 	}
+}
+
+// A directory may have a place for the log before its first start.
+func TestAPlaceForTheLog(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "n2")
+	if err := os.MkdirAll(filepath.Join(path, logDir, lostFound), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, mustOpen(t, path, threeNodes("n2")))
 }
 
 // What says where the logs are outlives the incarnation: they are open while a node that is no member yet starts a new
