@@ -156,9 +156,7 @@ func Until(ctx context.Context, limit time.Duration, what string, nodes []*Node,
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	for {
-		attempt, cancel := context.WithTimeout(ctx, attemptLimit)
-		err := try(attempt)
-		cancel()
+		err := attempt(ctx, nodes, try)
 		if err == nil {
 			return nil
 		}
@@ -170,12 +168,30 @@ func Until(ctx context.Context, limit time.Duration, what string, nodes []*Node,
 		select {
 		case <-time.After(pollEvery):
 		case <-ctx.Done():
-			if errors.Is(ctx.Err(), context.Canceled) {
+			if errors.Is(ctx.Err(), context.Canceled) { // the caller's
 				return fmt.Errorf("%s: %w", what, ctx.Err())
 			}
 			return fmt.Errorf("%s: not within %v: %w", what, limit, err)
 		}
 	}
+}
+
+// attempt is one try. It is over when one of the nodes ends.
+func attempt(ctx context.Context, nodes []*Node, try func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, attemptLimit)
+	var watchers sync.WaitGroup
+	defer watchers.Wait()
+	defer cancel()
+	for _, n := range nodes {
+		watchers.Go(func() {
+			select {
+			case <-n.exited:
+				cancel()
+			case <-ctx.Done():
+			}
+		})
+	}
+	return try(ctx)
 }
 
 // AwaitServing waits until each of the nodes answers a linearizable read of key.

@@ -67,7 +67,10 @@ func TestNodeThatEnds(t *testing.T) {
 	if err := c.Start(n); err != nil {
 		t.Fatal(err)
 	}
-	err = Until(t.Context(), time.Minute, "wait for it", c.Nodes, func(context.Context) error { return errors.New("not yet") })
+	err = Until(t.Context(), time.Minute, "wait for it", c.Nodes, func(ctx context.Context) error {
+		<-ctx.Done() // which the end of the node ends
+		return errors.New("not yet")
+	})
 	if err == nil || !strings.HasPrefix(err.Error(), "n1 ended: start --name n1") {
 		t.Errorf("it waited until %v", err)
 	}

@@ -79,7 +79,8 @@ func latencyLabel(v float64) string {
 
 // latencySpan is the decades that hold everything from low to high.
 func latencySpan(low, high time.Duration) span {
-	low, high = max(low, 1000), max(high, 10_000)
+	low = max(low, time.Microsecond)
+	high = max(high, 10*low)
 	return span{low: math.Pow(10, math.Floor(math.Log10(float64(low)))), high: math.Pow(10, math.Ceil(math.Log10(float64(high)))), log: true}
 }
 
@@ -161,7 +162,7 @@ func (c *Cluster) timeline(f *Failure, x, y span) timeline {
 	t.Y = y.decades()
 	var writes, reads path
 	for _, s := range f.Load.List {
-		px, py := x.at(s.Due.Seconds()), y.at(float64(max(s.Took, 1000)))
+		px, py := x.at(s.Due.Seconds()), y.at(float64(max(s.Took, time.Microsecond)))
 		switch {
 		case s.Code != "":
 			if len(t.Crosses) < mostCrosses {
@@ -319,8 +320,6 @@ func (r *Report) FirstWrites() (s strips) {
 type panel struct {
 	Name          string
 	Writes, Reads string // paths of areas
-	WriteP50      float64
-	ReadP50       float64
 	Notes         []string
 	X             []tick
 }
@@ -355,8 +354,8 @@ func (r *Report) histograms(write, read string) (h histograms) {
 	for _, c := range r.Clusters {
 		p := panel{Name: c.Name(), X: x.decades()}
 		w, rd := c.Bulk(write), c.Bulk(read)
-		p.Writes, p.WriteP50 = area(w, x, most)
-		p.Reads, p.ReadP50 = area(rd, x, most)
+		p.Writes = area(w, x, most)
+		p.Reads = area(rd, x, most)
 		p.Notes = []string{median("writes", w), median("reads", rd)}
 		h.Panels = append(h.Panels, p)
 	}
@@ -388,10 +387,10 @@ func (r *Report) histogramScale() (x span, most float64) {
 	return latencySpan(low, high), most
 }
 
-// area is a histogram's outline, and where its median is.
-func area(b *Bulk, x span, most float64) (outline string, p50 float64) {
+// area is a histogram's outline.
+func area(b *Bulk, x span, most float64) string {
 	if b == nil || b.Error != "" || b.Requests == 0 {
-		return "", 0
+		return ""
 	}
 	var p path
 	end := -1.0
@@ -410,5 +409,5 @@ func area(b *Bulk, x span, most float64) (outline string, p50 float64) {
 	}
 	p.to('L', end, 0)
 	p.WriteByte('z')
-	return p.String(), x.at(float64(b.P50))
+	return p.String()
 }

@@ -36,7 +36,7 @@ directory. For the strategy full with 3 nodes, and for consistent with 2 copies 
   node recovery       the node starts again: how long until it has caught up, and until every key is home (consistent)
   fault tolerance     three tests: a node fails, two nodes fail at once, a node fails and recovers, then another one fails
 
-It writes report.md, report.html (one file, with plots) and report.json (all figures), and takes about four minutes.
+It writes report.md, report.html (one file, with plots) and report.json (all figures), and takes about three minutes.
 Ctrl-C ends all nodes and removes what they have written.
 
 It exits with 1 if a step failed, and with 5 if an acknowledged write was lost; the report is written and says so.`,

@@ -84,7 +84,7 @@ func newRootCommand(started *bool) *cobra.Command {
 	add("", newLogCommand(&client), newVersionCommand())
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
-	withoutClientFlags(root, started, "start", "demo", "version", "completion", "help")
+	withoutClientFlags(root, started, "start", "demo", "bench report", "version", "completion", "help")
 	return root
 }
 
@@ -123,7 +123,7 @@ func arguments(low, high int, want string) cobra.PositionalArgs {
 // withoutClientFlags makes commands that talk to no server refuse the client flags, and hides them from their help.
 func withoutClientFlags(root *cobra.Command, started *bool, names ...string) {
 	for _, name := range names {
-		cmd, _, err := root.Find([]string{name})
+		cmd, _, err := root.Find(strings.Fields(name))
 		if err != nil {
 			panic(err)
 		}
