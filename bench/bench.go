@@ -114,7 +114,7 @@ const (
 	MaxClients    = 100_000
 	MaxConns      = 10_000
 	MaxRate       = 10_000_000
-	MaxKeys       = 1_000_000_000
+	MaxKeys       = 100_000_000
 	MaxKeyBytes   = 4096
 	MaxValueBytes = 1 << 20
 	MaxRangeKeys  = 100_000

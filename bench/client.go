@@ -112,12 +112,13 @@ func (c *client) invoke(method string, read func(*call, []byte) error) error {
 	ctx := c.begin()
 	c.call.read = read
 	err := c.conns[c.pick()].Invoke(ctx, method, &c.call, &c.call)
-	if expired := c.done(); expired && err != nil {
+	expired := c.done()
+	if expired && err != nil {
 		err = status.Error(codes.DeadlineExceeded, "no answer within "+c.run.o.Timeout.String())
 	}
 	if err != nil {
 		c.call.forget()
-		if status.Code(err) == codes.Unavailable {
+		if expired || status.Code(err) == codes.Unavailable {
 			c.conn, c.left = (c.conn+1)%len(c.conns), c.run.now()
 		}
 	}

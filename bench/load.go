@@ -4,6 +4,16 @@ import (
 	"context"
 	"fmt"
 	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// A put that loads a key is tried again after these times, doubled each time: for some three seconds in all.
+const (
+	loadBackoff    = 25 * time.Millisecond
+	loadBackoffMax = 2 * time.Second
 )
 
 // load writes the keys that the workload reads, unless they are there. It returns how many it wrote.
@@ -37,11 +47,25 @@ func (*loading) operations() []string { return []string{"load"} }
 
 func (l *loading) chooser(uint64) chooser { return sequence{int64(l.o.Keys), l.last} }
 
+// do puts the next key, again if need be: an election or a server that sheds load may not end a long load.
 func (l *loading) do(c *client) (int, outcome) {
 	n := c.keys.next(c.rng)
 	o := c.put(n)
+	for wait := loadBackoff; o.err != nil && transient(o.err) && wait < loadBackoffMax && c.parent.Err() == nil; wait *= 2 {
+		sleep(c.parent, wait)
+		o = c.put(n)
+	}
 	if o.err == nil && l.txns != nil {
 		l.txns.revisions[n].Store(c.call.revision)
 	}
 	return 0, o
+}
+
+// transient errors may be gone a little later.
+func transient(err error) bool {
+	switch status.Code(err) {
+	case codes.Unavailable, codes.ResourceExhausted, codes.DeadlineExceeded, codes.Aborted:
+		return true
+	}
+	return false
 }

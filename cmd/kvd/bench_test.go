@@ -77,14 +77,14 @@ func TestBenchTimeline(t *testing.T) {
 
 func TestBenchFails(t *testing.T) {
 	healthy, failing, dead := startFake(t), startFake(t), deadAddress(t)
-	failing.fail = rpctypes.ErrGRPCNoSpace
+	failing.fail = rpctypes.ErrGRPCCompacted
 	for _, c := range []struct {
 		line string
 		code int
 		says string
 	}{
-		{"put --total 5 --endpoints " + failing.addr, exitFailed, "no request succeeded: etcdserver: mvcc: database space exceeded (ResourceExhausted)"},
-		{"get --total 5 --keys 5 --endpoints " + failing.addr, exitFailed, "load keys: 5 of 5 keys: etcdserver: mvcc: database space exceeded"},
+		{"put --total 5 --endpoints " + failing.addr, exitFailed, "no request succeeded: etcdserver: mvcc: required revision has been compacted (OutOfRange)"},
+		{"get --total 5 --keys 5 --endpoints " + failing.addr, exitFailed, "load keys: 5 of 5 keys: etcdserver: mvcc: required revision has been compacted"},
 		{"watch --total 5 --endpoints " + healthy.addr, exitFailed, "this server offers no watches"},
 		{"put --total 5 --endpoints " + healthy.addr + "," + dead, exitUnavailable, dead + " connection refused"},
 		{"put --total 5 --timeline /nonexistent/file --endpoints " + healthy.addr, exitFailed, "no such file"},
