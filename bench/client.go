@@ -119,27 +119,47 @@ func (c *client) invoke(method string, read func(*call, []byte) error) error {
 	if err != nil {
 		c.call.forget()
 		if expired || status.Code(err) == codes.Unavailable {
-			c.conn, c.left = (c.conn+1)%len(c.conns), c.run.now()
+			c.leaveFor(c.conn + 1)
 		}
 	}
 	return err
 }
 
-// pick is the connection to use: the client's own, once it is back.
+// pick is the connection to use: the client's own, or the next one that is ready until that is back.
 func (c *client) pick() int {
-	if c.conn == c.home {
+	if c.conn != c.home {
+		c.lookHome()
+	}
+	if c.conns[c.conn].GetState() == connectivity.Ready {
 		return c.conn
 	}
-	if now := c.run.now(); now-c.left > int64(homewardEach) {
-		c.left = now
-		switch own := c.conns[c.home]; own.GetState() {
-		case connectivity.Ready:
-			c.conn = c.home
-		case connectivity.Idle:
-			own.Connect()
+	for i := 1; i < len(c.conns); i++ {
+		if next := (c.conn + i) % len(c.conns); c.conns[next].GetState() == connectivity.Ready {
+			c.leaveFor(next)
+			break
 		}
 	}
 	return c.conn
+}
+
+func (c *client) leaveFor(next int) {
+	c.conn, c.left = next%len(c.conns), c.run.now()
+}
+
+// lookHome goes back to the client's own connection if that is ready, but not soon after leaving it: until gRPC has
+// noticed, one that is broken counts as ready.
+func (c *client) lookHome() {
+	now := c.run.now()
+	if now-c.left <= int64(homewardEach) {
+		return
+	}
+	c.left = now
+	switch own := c.conns[c.home]; own.GetState() {
+	case connectivity.Ready:
+		c.conn = c.home
+	case connectivity.Idle:
+		own.Connect()
+	}
 }
 
 func (c *client) begin() context.Context {
