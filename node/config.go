@@ -87,13 +87,14 @@ type Config struct {
 	OnFatal     func(error) // told why the node cannot go on; the process must end
 	MinDiskFree uint64      // bytes below which writes are refused; 256 MiB
 
-	// Network and LogFS, the file system of the shared log, are replaced by
+	// Network and the shared log's file system and size of files are replaced by
 	// simulations. NoSync gives up the durability of all that is not in LogFS,
 	// for simulations only.
-	Network Network
-	LogFS   vfs.FS
-	NoSync  bool
-	Faults  shard.Faults
+	Network         Network
+	LogFS           vfs.FS
+	LogSegmentBytes int64
+	NoSync          bool
+	Faults          shard.Faults
 	// SequencerFaults are planted by tests, as Faults are.
 	SequencerFaults sequencer.Faults
 }

@@ -113,17 +113,20 @@ func (n *Node) openLogs() error {
 	if err := clearLogs(n.cfg.DataDir, kind); err != nil {
 		return err
 	}
-	n.logs, err = openLogs(kind, logConfig{dataDir: n.cfg.DataDir, fs: n.cfg.LogFS, noSync: n.cfg.NoSync, logger: n.log, registerer: n.cfg.Registry})
+	n.logs, err = openLogs(kind, logConfig{
+		dataDir: n.cfg.DataDir, fs: n.cfg.LogFS, segmentBytes: n.cfg.LogSegmentBytes, noSync: n.cfg.NoSync, logger: n.log, registerer: n.cfg.Registry,
+	})
 	return err
 }
 
 // logConfig says where and how logs are kept.
 type logConfig struct {
-	dataDir    string
-	fs         vfs.FS // of the shared log; nil: the operating system's
-	noSync     bool
-	logger     *slog.Logger
-	registerer prometheus.Registerer // may be nil
+	dataDir      string
+	fs           vfs.FS // of the shared log; nil: the operating system's
+	segmentBytes int64  // of the shared log; 0: its default
+	noSync       bool
+	logger       *slog.Logger
+	registerer   prometheus.Registerer // may be nil
 }
 
 func openLogs(kind string, c logConfig) (raftLogs, error) {
@@ -135,7 +138,7 @@ func openLogs(kind string, c logConfig) (raftLogs, error) {
 		c.fs = vfs.OS
 	}
 	dir := filepath.Join(c.dataDir, sharedDir)
-	log, err := wal.Open(wal.Options{Dir: dir, FS: c.fs, NoSync: noSync, Logger: c.logger, Registerer: c.registerer})
+	log, err := wal.Open(wal.Options{Dir: dir, FS: c.fs, SegmentBytes: c.segmentBytes, NoSync: noSync, Logger: c.logger, Registerer: c.registerer})
 	if err != nil {
 		return nil, damagedLog(c.dataDir, err)
 	}

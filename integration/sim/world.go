@@ -148,6 +148,7 @@ func (h *host) config(l *life) node.Config {
 		Network:          hostNetwork{h.w.network, h.w.network.Dialer(address(h.name))},
 		RaftLog:          node.RaftLogShared,
 		LogFS:            h.disk.logFS(),
+		LogSegmentBytes:  256 << 10, // used again and again in an hour
 		NoSync:           true,
 		Logger:           slog.New(slog.NewTextHandler(h.w.logs, &slog.HandlerOptions{Level: slog.LevelInfo})).With("on", h.name),
 		OnFatal: func(err error) {
