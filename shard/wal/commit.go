@@ -13,7 +13,7 @@ const (
 	maxBatchBytes = 8 << 20
 
 	// keepBufferBytes is what is kept of the write buffer.
-	keepBufferBytes = 1 << 20
+	keepBufferBytes = 4 << 20
 
 	// maxRequestBytes bounds what has to be durable at once, or not at all.
 	maxRequestBytes = maxSegmentBytes

@@ -171,3 +171,20 @@ func TestShortenedAfterClose(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A log that a later version has written is not called damaged.
+func TestOtherVersion(t *testing.T) {
+	killed, _, _, _ := written(t, 11)
+	name := files(t, killed, segmentSuffix)[1]
+	f := mustOpen(t, killed, name)
+	header := make([]byte, blockBytes)
+	_, err := f.ReadAt(header, 0)
+	must(t, err)
+	le.PutUint32(header[8:], version+1)
+	le.PutUint32(header[40:], checksum(header[:40]))
+	_, err = f.WriteAt(header, 0)
+	must(t, err)
+	if _, err := reread(killed, faults{}); !errors.Is(err, ErrVersion) || errors.Is(err, ErrCorrupt) {
+		t.Error(err)
+	}
+}

@@ -140,7 +140,7 @@ func decodeSegmentHeader(b []byte) (h segmentHeader, err error) {
 	case le.Uint32(b[40:]) != checksum(b[:40]):
 		return h, fmt.Errorf("the header's checksum does not match")
 	case le.Uint32(b[8:]) != version || le.Uint32(b[12:]) != blockBytes:
-		return h, fmt.Errorf("version %d with blocks of %d, not %d with %d", le.Uint32(b[8:]), le.Uint32(b[12:]), version, blockBytes)
+		return h, fmt.Errorf("%w: version %d with blocks of %d, not %d with %d", ErrVersion, le.Uint32(b[8:]), le.Uint32(b[12:]), version, blockBytes)
 	}
 	return segmentHeader{number: le.Uint64(b[16:]), salt: le.Uint64(b[24:]), sizeBytes: int64(le.Uint64(b[32:]))}, nil
 }

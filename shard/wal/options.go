@@ -53,6 +53,9 @@ var ErrFailed = errors.New("raft log failed")
 // ErrCorrupt: something that was written is damaged or missing. The error names the file, and where.
 var ErrCorrupt = errors.New("raft log is corrupt")
 
+// ErrVersion: another version of kvd has written the log. Nothing is damaged.
+var ErrVersion = errors.New("raft log of another version of kvd")
+
 const (
 	// DefaultSegmentBytes is Options.SegmentBytes where that is 0.
 	DefaultSegmentBytes = 64 << 20

@@ -101,6 +101,8 @@ func (s *segment) readHeader() (err error) {
 	}
 	h, err := decodeSegmentHeader(b)
 	switch {
+	case errors.Is(err, ErrVersion):
+		return fmt.Errorf("%s: %w", s.path, err)
 	case err != nil:
 		return corrupt(s.path, 0, "%w", err)
 	case h.number != s.number:
