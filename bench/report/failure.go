@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"sync"
@@ -79,10 +80,15 @@ func (c *cluster) choose(ctx context.Context, f *Failure) (*local.Node, error) {
 // killAndRecover does what it says. Every acknowledged pair is read back from the others, and from the node in the end.
 func (m *runner) killAndRecover(ctx context.Context, c *cluster, f *Failure, victim *local.Node, pairs ledger, load *load) error {
 	others := c.Running(victim)
+	client, err := c.warm(ctx, others)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
 	killed := time.Now()
 	load.killed(killed)
 	victim.Kill()
-	if err := c.firstWrites(ctx, f, others, pairs, killed); err != nil {
+	if err := c.firstWrites(ctx, f, client, pairs, killed); err != nil {
 		return err
 	}
 	if err := f.readBack(ctx, c, pairs, others[0]); err != nil {
@@ -103,36 +109,47 @@ func (m *runner) killAndRecover(ctx context.Context, c *cluster, f *Failure, vic
 	return f.readBack(ctx, c, pairs, victim)
 }
 
-// firstWrites writes a key of each shard through the others, all at once, each until it is acknowledged.
-func (c *cluster) firstWrites(ctx context.Context, f *Failure, through []*local.Node, pairs ledger, killed time.Time) error {
+// warm returns a client that has connections to all of these nodes.
+func (c *cluster) warm(ctx context.Context, nodes []*local.Node) (*clientv3.Client, error) {
 	var endpoints []string
-	for _, n := range through {
+	for _, n := range nodes {
 		endpoints = append(endpoints, n.Client)
 	}
+	client, err := c.Connect(endpoints...)
+	if err != nil {
+		return nil, err
+	}
+	for range 2 * len(nodes) { // in turns
+		if _, err := client.Get(ctx, keyPrefix); err != nil {
+			client.Close()
+			return nil, err
+		}
+	}
+	return client, nil
+}
+
+// firstWrites writes a key of each shard, all at once, each until it is acknowledged.
+func (c *cluster) firstWrites(ctx context.Context, f *Failure, client *clientv3.Client, pairs ledger, killed time.Time) error {
 	f.Writes = make([]time.Duration, len(c.probes))
 	errs := make([]error, len(c.probes))
 	acknowledged := make([]ledger, len(c.probes))
-	err := c.With(func(client *clientv3.Client) error {
-		var all sync.WaitGroup
-		for i, key := range c.probes {
-			all.Go(func() {
-				acknowledged[i] = make(ledger)
-				errs[i] = acknowledged[i].put(ctx, client, key)
-				f.Writes[i] = time.Since(killed)
-			})
-		}
-		all.Wait()
-		return errors.Join(errs...)
-	}, endpoints...)
+	var all sync.WaitGroup
+	for i, key := range c.probes {
+		all.Go(func() {
+			acknowledged[i] = make(ledger)
+			errs[i] = acknowledged[i].put(ctx, client, key)
+			f.Writes[i] = time.Since(killed)
+		})
+	}
+	all.Wait()
 	for _, l := range acknowledged {
-		for key, value := range l {
-			pairs[key] = value
-		}
+		maps.Copy(pairs, l)
 	}
-	if err == nil {
-		f.FirstWrite, f.AllWrites = slices.Min(f.Writes), slices.Max(f.Writes)
+	if err := errors.Join(errs...); err != nil {
+		return err
 	}
-	return err
+	f.FirstWrite, f.AllWrites = slices.Min(f.Writes), slices.Max(f.Writes)
+	return nil
 }
 
 // readBack reads all pairs through a node and notes what is lost.

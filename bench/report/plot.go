@@ -77,11 +77,11 @@ func latencyLabel(v float64) string {
 	return fmt.Sprintf("%.0f µs", v/1e3)
 }
 
-// latencySpan is the decades that hold everything from low to high.
+// latencySpan is the half decades that hold everything from low to high, from a microsecond on.
 func latencySpan(low, high time.Duration) span {
-	low = max(low, time.Microsecond)
-	high = max(high, 10*low)
-	return span{low: math.Pow(10, math.Floor(math.Log10(float64(low)))), high: math.Pow(10, math.Ceil(math.Log10(float64(high)))), log: true}
+	first := math.Floor(2*math.Log10(float64(max(low, time.Microsecond)))) / 2
+	last := math.Ceil(2*math.Log10(float64(max(high, time.Microsecond)))) / 2
+	return span{low: math.Pow(10, first), high: math.Pow(10, max(last, first+1)), log: true}
 }
 
 // path writes coordinates of a nested picture; y counts from the bottom.
@@ -154,7 +154,7 @@ func (c *Cluster) timeline(f *Failure, x, y span) timeline {
 	} else if f.Lost > 0 {
 		t.Failed = failedBecause(f.LostWords())
 	}
-	t.Summary = upper(fmt.Sprintf("%s; %s.", f.FailedWords(), f.LostWords()))
+	t.Summary = upper(fmt.Sprintf("%s, the longest of the others took %s; %s.", f.FailedWords(), Short(f.Load.Longest()), f.LostWords()))
 	if len(f.Load.List) == 0 || x.low >= x.high {
 		return t
 	}
@@ -189,9 +189,9 @@ func (c *Cluster) timeline(f *Failure, x, y span) timeline {
 func (c *Cluster) timelineCaption(f *Failure) string {
 	if c.Strategy == Full {
 		if f.Role == Follower {
-			return "The others have a leader and a majority without it: requests go on, but for those that were under way at the node itself."
+			return "The others have a leader and a majority without the follower: requests go on, but for those that were under way at the node itself."
 		}
-		return "Whatever becomes due after the leader's death waits for the election of the next one; the slope is requests that all end at the same moment."
+		return fmt.Sprintf("What becomes due after the leader's death waits until the next one is elected; the first write succeeds %s after the kill.", Short(f.FirstWrite))
 	}
 	if f.Role == Follower {
 		return fmt.Sprintf("Only keys of the %s that the node led wait for elections; the others go on.", plural(f.Led, "shard"))
@@ -290,17 +290,19 @@ type strips struct {
 
 // FirstWrites compares how soon writes succeeded after each kill.
 func (r *Report) FirstWrites() (s strips) {
-	longest := 0.0
+	first, last := time.Hour, time.Duration(0)
 	for _, c := range r.Clusters {
 		for _, f := range c.Failures {
-			longest = max(longest, f.AllWrites.Seconds())
+			if f.AllWrites > 0 {
+				first, last = min(first, f.FirstWrite), max(last, f.AllWrites)
+			}
 		}
 	}
-	if longest == 0 {
+	if last == 0 {
 		return s
 	}
-	x := span{high: math.Ceil(longest*2) / 2}
-	s.X = x.ticks(8, func(v float64) string { return fmt.Sprintf("%g s", math.Round(v*10)/10) })
+	x := latencySpan(first, last)
+	s.X = x.decades()
 	for _, c := range r.Clusters {
 		for _, f := range c.Failures {
 			row := strip{Name: c.Name() + ", " + f.Role, Note: Short(f.AllWrites)}
@@ -308,7 +310,9 @@ func (r *Report) FirstWrites() (s strips) {
 				row.Note = "failed"
 			}
 			for _, w := range f.Writes {
-				row.Dots = append(row.Dots, x.at(w.Seconds()))
+				if f.AllWrites > 0 {
+					row.Dots = append(row.Dots, x.at(float64(w)))
+				}
 			}
 			s.Rows = append(s.Rows, row)
 		}
