@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -12,7 +14,9 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 )
 
@@ -304,5 +308,19 @@ func TestDefaultConnections(t *testing.T) {
 		if o.Conns != c.want {
 			t.Errorf("%d connections for %d clients and %d endpoints, want %d", o.Conns, c.clients, c.endpoints, c.want)
 		}
+	}
+}
+
+func TestTLS(t *testing.T) {
+	web := httptest.NewTLSServer(nil) // has a certificate for example.com
+	defer web.Close()
+	f := serveFake(t, grpc.NewServer(grpc.Creds(credentials.NewServerTLSFromCert(&web.TLS.Certificates[0]))))
+	o := f.options(Workload{Kind: Get})
+	o.TLS = web.Client().Transport.(*http.Transport).TLSClientConfig.Clone()
+	o.TLS.ServerName = "example.com"
+	mustRun(t, o, 200)
+	o.TLS = nil
+	if _, err := Run(t.Context(), o); !errors.Is(err, ErrUnreachable) {
+		t.Errorf("plain text: %v", err)
 	}
 }

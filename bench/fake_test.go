@@ -34,9 +34,12 @@ type fake struct {
 
 // startFake runs a fake until the test ends; services are further ones.
 func startFake(t testing.TB, services ...func(*grpc.Server)) *fake {
+	return serveFake(t, grpc.NewServer(), services...)
+}
+
+func serveFake(t testing.TB, server *grpc.Server, services ...func(*grpc.Server)) *fake {
 	t.Helper()
 	f := &fake{listener: bufconn.Listen(1 << 20), revision: 1, pairs: map[string]*mvccpb.KeyValue{}}
-	server := grpc.NewServer()
 	pb.RegisterKVServer(server, f)
 	for _, register := range services {
 		register(server)
