@@ -25,7 +25,7 @@ const fuzzTotalBytes = 64 << 20
 
 var fuzzSpecimens = sync.OnceValues(func() (out []*specimen, err error) {
 	for i, clean := range []bool{true, false} {
-		s, err := newSpecimen(Options{SegmentBytes: hostileSegmentBytes}, uint64(10+i), clean)
+		s, err := newSpecimen(Options{SegmentBytes: hostileSegmentBytes}, shortScript, uint64(10+i), clean)
 		if err != nil {
 			return nil, err
 		}

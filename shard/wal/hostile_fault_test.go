@@ -94,9 +94,9 @@ func stride(kinds []vfs.Kind) int {
 	case *deepFlag > 1:
 		return 1
 	case slices.Contains(kinds, vfs.OpRead):
-		return 13
+		return 21
 	}
-	return 5
+	return 8
 }
 
 // runFault makes the n-th operation fail. It returns whether there were as many.

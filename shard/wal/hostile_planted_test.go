@@ -20,6 +20,7 @@ func TestPlantedFaults(t *testing.T) {
 		"disk that loses writes":     {disk: lieAt(vfs.OpWrite, 40), run: crashScript},
 		"salt ignored":               {faults: faults{ignoreSalt: true}, run: func(c *crasher) error { return c.run(monotone) }},
 		"truncation forgotten":       {faults: faults{forgetBounds: true}, run: crashScript},
+		"segments let go early":      {faults: faults{retireEarly: true}, run: crashScript},
 		"broken batch accepted":      {faults: faults{acceptBroken: true}, run: flipScript},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -43,10 +44,12 @@ func TestPlantedFaults(t *testing.T) {
 func crashScript(c *crasher) error { return c.run(script) }
 
 func flipScript(c *crasher) error {
-	s, err := newSpecimen(c.w.options, c.seed, false)
-	if err == nil {
-		_, _, err = s.flip()
+	s, err := newSpecimen(c.w.options, votes, c.seed, false)
+	if err != nil {
+		return err
 	}
+	s.vague = true
+	_, _, err = s.flip()
 	return err
 }
 

@@ -220,7 +220,7 @@ func makeEntry(index, term, nonce uint64, sizeBytes int) *raft.Log {
 func TestModel(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		choose := drawn(rt)
-		w := newTrial(choose, 1+choose(4, "replicas"), Options{SegmentBytes: int64(1+choose(4, "segment")) * hostileSegmentBytes})
+		w := newTrial(choose, 1+choose(4, "replicas"), Options{SegmentBytes: hostileSegmentBytes})
 		w.cache = []int{-1, 0, 2000}[choose(3, "cache")]
 		if err := w.open(); err != nil {
 			rt.Fatal(err)
@@ -268,6 +268,7 @@ func (w *trial) endLife() error {
 		w.fs = w.fs.Crash(uint64(w.choose(1000, "crash")))
 		defer closeLog(old)
 	}
+	w.options.SegmentBytes = int64(1+w.choose(4, "segment")) * hostileSegmentBytes
 	if err := w.open(); err != nil {
 		return fmt.Errorf("open: %w", err)
 	}
