@@ -23,6 +23,9 @@ const ledgerPairs = 100
 
 // fail kills a node of the role that f names, starts it again, and notes what that does.
 func (m *runner) fail(ctx context.Context, c *cluster, f *Failure) error {
+	if err := c.revive(ctx); err != nil {
+		return err
+	}
 	if err := c.awaitRest(ctx); err != nil {
 		return err
 	}
@@ -40,6 +43,22 @@ func (m *runner) fail(ctx context.Context, c *cluster, f *Failure) error {
 	load := startLoad(ctx, c, m.o)
 	err = m.calmly(ctx, func() error { return m.killAndRecover(ctx, c, f, victim, pairs, load) })
 	return errors.Join(err, load.stop(f))
+}
+
+// revive starts the nodes that a step which failed has left dead.
+func (c *cluster) revive(ctx context.Context) error {
+	for _, n := range c.Nodes {
+		if n.Running() {
+			continue
+		}
+		if err := c.Start(n); err != nil {
+			return err
+		}
+		if err := c.AwaitServing(ctx, stepLimit, keyPrefix, n); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // calmly leaves the load alone for a moment before and after something happens.
@@ -267,6 +286,8 @@ type load struct {
 	begin   time.Time
 	zero    time.Time // of the kill
 	samples []bench.Sample
+	unsent  int64
+	lag     time.Duration
 	errs    []error
 }
 
@@ -284,10 +305,14 @@ func startLoad(ctx context.Context, c *cluster, o Options) *load {
 			Prefix: keyPrefix + "many/", Dial: l.dial(c), Observe: l.observe,
 		}
 		l.done.Go(func() {
-			if _, err := bench.Run(ctx, options); err != nil && ctx.Err() == nil {
-				l.mu.Lock()
-				defer l.mu.Unlock()
+			result, err := bench.Run(ctx, options)
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			if err != nil && ctx.Err() == nil {
 				l.errs = append(l.errs, fmt.Errorf("load: %w", err))
+			}
+			if result != nil {
+				l.unsent, l.lag = l.unsent+result.Unsent, max(l.lag, result.MaxLag)
 			}
 		})
 	}
@@ -334,6 +359,7 @@ func (l *load) stop(f *Failure) error {
 		l.zero = ended
 	}
 	f.Load.From, f.Load.To = l.begin.Sub(l.zero), ended.Sub(l.zero)
+	f.Load.Unsent, f.Load.MaxLag = l.unsent, l.lag
 	f.Load.List = samplesBefore(l.samples, l.zero, ended)
 	if len(l.errs) == 0 && len(f.Load.List) == 0 {
 		l.errs = append(l.errs, errors.New("load: no request was answered"))

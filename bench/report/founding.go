@@ -147,7 +147,7 @@ func (r *Report) Method() []string {
 	l := r.Load
 	return []string{
 		"Every node is a process of its own, on the loopback interface of one machine. All nodes and the load generator share its processors and its disk, so clusters of more nodes have less of both for each.",
-		fmt.Sprintf("Keys have a value of %d random bytes. A write is acknowledged once it is on the disks of a majority of its replicas. Reads are linearizable.", l.ValueBytes),
+		fmt.Sprintf("Keys have a value of %d random bytes. A write is acknowledged once it is on the disks of a majority of its replicas. Reads are linearizable. Many clients talk to all nodes in turn, a single one to one node, whether that leads or not.", l.ValueBytes),
 		fmt.Sprintf("Load while nodes fail: %g writes and %g reads become due per second, whatever becomes of those before them. A request's time counts from when it was due, so that waiting is not hidden. Clients know all nodes; one whose node dies connects to another.", l.RatePerKind, l.RatePerKind),
 		"The time until writes succeed again is that of a write which is asked for right after the kill through the nodes that live, of one key in every shard, and repeated until it is acknowledged.",
 		fmt.Sprintf("Copies are restored when every shard has all its copies, with a vote each, on nodes that live. %s of that time is --down-after, for which a node must be silent before its copies are made elsewhere.", Short(l.DownAfter)),

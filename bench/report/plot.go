@@ -154,7 +154,7 @@ func (c *Cluster) timeline(f *Failure, x, y span) timeline {
 	} else if f.Lost > 0 {
 		t.Failed = failedBecause(f.LostWords())
 	}
-	t.Summary = upper(fmt.Sprintf("%s, the longest of the others took %s; %s.", f.FailedWords(), Short(f.Load.Longest()), f.LostWords()))
+	t.Summary = upper(fmt.Sprintf("%s, the longest of the others took %s; %s.", f.FailedWords(), Short(f.Load.Longest()), f.LostWords())) + f.unsentWords()
 	if len(f.Load.List) == 0 || x.low >= x.high {
 		return t
 	}

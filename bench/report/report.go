@@ -153,6 +153,9 @@ type Samples struct {
 	From time.Duration `json:"from_ns"` // of the load's begin and end, from the kill
 	To   time.Duration `json:"to_ns"`
 	List []Sample      `json:"list"`
+	// Unsent requests were due, but all clients were waiting; MaxLag is the longest that one was sent after it was due.
+	Unsent int64         `json:"unsent"`
+	MaxLag time.Duration `json:"max_lag_ns"`
 }
 
 // Sample is one request.

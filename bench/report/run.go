@@ -62,6 +62,33 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
+// Bounds of Options.
+const (
+	maxPairs      = 1_000_000
+	maxValueBytes = 1 << 20
+	maxClients    = 10_000
+	maxRate       = 10_000
+)
+
+// ErrOptions: an option is out of bounds.
+var ErrOptions = errors.New("invalid options")
+
+// Validate returns an ErrOptions that says what is wrong.
+func (o Options) Validate() error {
+	for _, b := range []struct {
+		what        string
+		value, most float64
+	}{
+		{"pairs", float64(o.Pairs), maxPairs}, {"bytes of a value", float64(o.ValueBytes), maxValueBytes},
+		{"clients", float64(o.Clients), maxClients}, {"requests per second", o.Rate, maxRate},
+	} {
+		if !(b.value >= 0 && b.value <= b.most) { // also what is no number
+			return fmt.Errorf("%w: %g %s: at most %g, or 0 for the default", ErrOptions, b.value, b.what, b.most)
+		}
+	}
+	return nil
+}
+
 // layouts are the clusters whose speed and recovery are measured.
 func layouts(strategy string) []Layout {
 	if strategy == Full {
@@ -85,6 +112,9 @@ type runner struct {
 // Run measures. Steps that fail are in the report; an error says that there is none, as when ctx has ended. All
 // processes have ended and all of their files are removed when it returns.
 func Run(ctx context.Context, o Options) (r *Report, err error) {
+	if err := o.Validate(); err != nil {
+		return nil, err
+	}
 	o = o.withDefaults()
 	m := &runner{o: o, calm: 3 * time.Second}
 	sustained := 3 * time.Second

@@ -3,6 +3,7 @@ package report
 import (
 	"context"
 	"errors"
+	"math"
 	"net"
 	"os"
 	"strings"
@@ -176,6 +177,17 @@ func TestInterrupted(t *testing.T) {
 	left(t, dir)
 	if _, err := Run(t.Context(), Options{Dir: dir + "/nowhere"}); err == nil {
 		t.Error("it measured a disk that is not there")
+	}
+}
+
+func TestValidate(t *testing.T) {
+	for _, o := range []Options{{Pairs: -1}, {Pairs: maxPairs + 1}, {ValueBytes: 2 << 20}, {Clients: -1}, {Rate: math.NaN()}, {Rate: math.Inf(1)}} {
+		if _, err := Run(t.Context(), o); !errors.Is(err, ErrOptions) {
+			t.Errorf("%+v: %v", o, err)
+		}
+	}
+	if err := (Options{}).Validate(); err != nil {
+		t.Error(err)
 	}
 }
 

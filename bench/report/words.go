@@ -149,6 +149,14 @@ func (f *Failure) FailedWords() string {
 	return fmt.Sprintf("%s of %s failed (%s)", number(failed), plural(total, "request"), strings.Join(how, ", "))
 }
 
+// unsentWords warn of a machine that did not bear the load.
+func (f *Failure) unsentWords() string {
+	if f.Load.Unsent == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" %s could not even be sent in time.", plural(f.Load.Unsent, "more request"))
+}
+
 // Verdict of a test, in a sentence.
 func (t *Test) Verdict() string {
 	switch {

@@ -46,8 +46,8 @@ It exits with 1 if a step failed, and with 5 if an acknowledged write was lost; 
 			if err != nil {
 				return err
 			}
-			if o.Pairs < 0 || o.Clients < 0 || o.Rate < 0 || o.ValueBytes < 0 {
-				return usagef("--pairs, --clients, --rate and --val-size must be above 0")
+			if err := o.Validate(); err != nil {
+				return &usageError{err}
 			}
 			o.Strategies = strategies
 			ctx, cancel := orHangup(cmd.Context())
