@@ -32,6 +32,7 @@ type comparison struct {
 	dir      string
 	binaries map[string]string
 	progress io.Writer
+	readKeys int // of the loads that read, and of those that compare and put
 	begun    time.Time
 	took     time.Duration
 
@@ -54,8 +55,9 @@ func newComparison(ctx context.Context, dir string, progress io.Writer, o option
 	if err != nil {
 		return nil, err
 	}
-	c := &comparison{o: o, chosen: chosen, dir: dir, binaries: map[string]string{}, progress: progress, begun: time.Now(), figures: figures{}}
+	c := &comparison{o: o, chosen: chosen, dir: dir, binaries: map[string]string{}, progress: progress, readKeys: 10_000, begun: time.Now(), figures: figures{}}
 	if o.quick {
+		c.readKeys = 500
 		c.o.rounds, c.o.duration, c.o.keys = 1, 150*time.Millisecond, min(o.keys, minKeys)
 	}
 	for _, pkg := range []string{servers.Etcd, servers.KVD, servers.Benchmark, servers.Floor} {
@@ -108,27 +110,37 @@ func chosenParts(only string) (map[string]bool, error) {
 	return chosen, nil
 }
 
-// run measures all stages, round by round. Within a stage the servers take turns, and none is always the first.
+// run measures all stages, round by round. Its errors are those after which there is no use in going on.
 func (c *comparison) run(ctx context.Context) error {
+	defer func() { c.took = time.Since(c.begun) }()
 	for round := range c.o.rounds {
 		for _, s := range stages {
 			if !slices.ContainsFunc(s.parts, func(part string) bool { return c.chosen[part] }) {
 				continue
 			}
-			for i := range s.of {
-				t := &trial{comparison: c, contestant: contestants[s.of[(round+i)%len(s.of)]], stage: s.name, round: round}
-				if err := t.measure(ctx, s.run); ctx.Err() != nil {
-					return errors.Join(ctx.Err(), err)
-				} else if err != nil {
-					c.failures = append(c.failures, failure{Round: round + 1, Stage: s.name, Server: t.name, Error: err.Error()})
-					t.logf("FAILED: %v", err)
-				}
+			if err := c.runStage(ctx, s, round); err != nil {
+				return err
 			}
 		}
 	}
-	c.took = time.Since(c.begun)
 	if len(c.figures) == 0 {
 		return errors.New("nothing could be measured")
+	}
+	return nil
+}
+
+// runStage measures the servers in turns; none is the first in every round. What fails is kept for the report.
+func (c *comparison) runStage(ctx context.Context, s stage, round int) error {
+	for i := range s.of {
+		t := &trial{comparison: c, contestant: contestants[s.of[(round+i)%len(s.of)]], stage: s.name, round: round}
+		err := t.measure(ctx, s.run)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil {
+			c.failures = append(c.failures, failure{Round: round + 1, Stage: s.name, Server: t.name, Error: err.Error()})
+			t.logf("FAILED: %v", err)
+		}
 	}
 	return nil
 }
@@ -143,6 +155,7 @@ type trial struct {
 	dir     string
 	cluster *servers.Cluster
 	probed  probed
+	all     []string // rows that have a figure of this trial
 	noted   []string // to be told
 }
 
@@ -160,11 +173,17 @@ func (t *trial) measure(ctx context.Context, run func(*trial, context.Context) e
 		err = run(t, ctx)
 	}
 	t.tell()
+	if errors.Is(err, errWrong) {
+		t.figures.drop(t.all, t.name, t.round)
+	}
 	if err != nil {
 		err = fmt.Errorf("%w\n%s", err, t.cluster.Logs())
 	}
 	return err
 }
+
+// errWrong: the servers have not done what they said they had. What was measured of them means nothing.
+var errWrong = errors.New("wrong, so no figure of this trial counts")
 
 // settle waits until the cluster is as it is to be in the long run.
 func (t *trial) settle(ctx context.Context) error {
@@ -178,6 +197,7 @@ func (t *trial) settle(ctx context.Context) error {
 func (t *trial) note(row string, value float64) {
 	r := rowOf(row)
 	t.figures.set(row, t.name, t.round, value)
+	t.all = append(t.all, row)
 	t.noted = append(t.noted, fmt.Sprintf("%s %s %s", row, r.format(value), r.unit))
 }
 
@@ -205,6 +225,13 @@ func (f figures) set(row, server string, round int, value float64) {
 		f[row][server] = map[int]float64{}
 	}
 	f[row][server][round] = value
+}
+
+// drop takes figures back.
+func (f figures) drop(rows []string, server string, round int) {
+	for _, row := range rows {
+		delete(f[row][server], round)
+	}
 }
 
 // of returns a server's figures in the order of rounds.

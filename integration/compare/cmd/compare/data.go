@@ -23,8 +23,8 @@ const (
 	minKeys      = 2000
 	dataPrefix   = "data/"
 	keysPerTag   = 100
-	fillPerTxn   = 4  // few, so that the log is as long as to be cut everywhere
-	againPerTxn  = 50 // many, since only the versions matter
+	fillPerTxn   = 50
+	fillAlone    = 20_000 // keys, at the end, that are put one by one: both servers keep the last entries of their logs in memory
 	fillClients  = 128
 	memorySettle = 10 * time.Second
 	lostFor      = 3 * time.Second
@@ -36,7 +36,7 @@ type probed struct{ sent, failed int }
 
 // data fills the store and measures what it takes up, how long it takes to start, and what larger things do to others.
 func (t *trial) data(ctx context.Context) error {
-	if err := t.fill(ctx, 1, fillPerTxn); err != nil {
+	if err := t.fill(ctx, 1); err != nil {
 		return fmt.Errorf("fill: %w", err)
 	}
 	steps := []struct {
@@ -79,22 +79,42 @@ func valueOf(key, version int) []byte {
 	return value
 }
 
-// fill puts every key once, perTxn in a transaction, and checks that they are there.
-func (t *trial) fill(ctx context.Context, version, perTxn int) error {
+// fill puts every key once, most of them many in a transaction, and checks that they are there.
+func (t *trial) fill(ctx context.Context, version int) error {
 	conns, err := dialAll(t.cluster.Endpoints())
 	if err != nil {
 		return err
 	}
 	defer closeAll(conns)
-	start, next := time.Now(), atomic.Int64{}
-	err = parallel(fillClients, func(client int) error {
+	start := time.Now()
+	together := (t.o.keys - min(fillAlone, t.o.keys/2)) / fillPerTxn * fillPerTxn
+	if err := t.fillPart(ctx, conns, version, 0, together, fillPerTxn); err != nil {
+		return err
+	}
+	if err := t.fillPart(ctx, conns, version, together, t.o.keys, 1); err != nil {
+		return err
+	}
+	t.logf("%d keys written in %.1f s", t.o.keys, time.Since(start).Seconds())
+	for i, conn := range conns {
+		if err := t.checkCount(ctx, conn); err != nil {
+			return fmt.Errorf("node %d: %w", i+1, err)
+		}
+	}
+	return nil
+}
+
+// fillPart puts the keys from first to before end, perTxn in a transaction.
+func (t *trial) fillPart(ctx context.Context, conns []*grpc.ClientConn, version, first, end, perTxn int) error {
+	var next atomic.Int64
+	next.Store(int64(first))
+	return parallel(fillClients, func(client int) error {
 		for {
-			first := int(next.Add(int64(perTxn))) - perTxn
-			if first >= t.o.keys {
+			from := int(next.Add(int64(perTxn))) - perTxn
+			if from >= end {
 				return nil
 			}
 			txn := &pb.TxnRequest{}
-			for i := first; i < min(first+perTxn, t.o.keys); i++ {
+			for i := from; i < min(from+perTxn, end); i++ {
 				txn.Success = append(txn.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestPut{
 					RequestPut: &pb.PutRequest{Key: dataKey(i), Value: valueOf(i, version)},
 				}})
@@ -104,16 +124,6 @@ func (t *trial) fill(ctx context.Context, version, perTxn int) error {
 			}
 		}
 	})
-	if err != nil {
-		return err
-	}
-	t.logf("%d keys in transactions of %d: %.0f keys/s", t.o.keys, perTxn, float64(t.o.keys)/time.Since(start).Seconds())
-	for i, conn := range conns {
-		if err := t.checkCount(ctx, conn); err != nil {
-			return fmt.Errorf("node %d: %w", i+1, err)
-		}
-	}
-	return nil
 }
 
 func (t *trial) checkCount(ctx context.Context, conn *grpc.ClientConn) error {
@@ -121,7 +131,7 @@ func (t *trial) checkCount(ctx context.Context, conn *grpc.ClientConn) error {
 		Key: []byte(dataPrefix), RangeEnd: prefixEnd(dataPrefix), CountOnly: true,
 	})
 	if err == nil && response.Count != int64(t.o.keys) {
-		err = fmt.Errorf("%d keys of %d are there", response.Count, t.o.keys)
+		err = fmt.Errorf("%w: %d keys of %d are there", errWrong, response.Count, t.o.keys)
 	}
 	return err
 }
@@ -191,7 +201,7 @@ func (t *trial) readSome(ctx context.Context, conn *grpc.ClientConn) error {
 			cancel()
 			if err == nil {
 				if len(response.Kvs) != 1 || !bytes.Equal(response.Kvs[0].Value, valueOf(key, 1)) {
-					return fmt.Errorf("key %d is not what was put: %v", key, response)
+					return fmt.Errorf("%w: key %d is not what was put: %v", errWrong, key, response)
 				}
 				break
 			}
@@ -258,7 +268,7 @@ func receiveBackup(ctx context.Context, conn *grpc.ClientConn) (size int64, err 
 
 // compaction overwrites all keys, and then has their first versions deleted.
 func (t *trial) compaction(ctx context.Context) error {
-	if err := t.fill(ctx, 2, againPerTxn); err != nil {
+	if err := t.fill(ctx, 2); err != nil {
 		return err
 	}
 	node, err := t.leader(ctx, string(dataKey(0)))
@@ -379,7 +389,7 @@ func (t *trial) verifyProbes(ctx context.Context) error {
 		return err
 	}
 	if least, most := t.probed.sent-t.probed.failed, t.probed.sent; versions < least || versions > most {
-		return fmt.Errorf("%d puts of the probes were acknowledged of %d sent, %d are there", least, most, versions)
+		return fmt.Errorf("%w: %d puts of the probes were acknowledged of %d sent, %d are there", errWrong, least, most, versions)
 	}
 	t.note("probe/failed", float64(t.probed.failed))
 	return nil

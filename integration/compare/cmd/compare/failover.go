@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -41,22 +42,14 @@ func (t *trial) failover(ctx context.Context) error {
 func failoverKey(i int) string { return fmt.Sprintf("failover/%02d", i) }
 
 func (t *trial) killLeader(ctx context.Context) (first, every time.Duration, err error) {
-	victim, err := t.leader(ctx, failoverKey(0))
-	if err != nil {
-		return 0, 0, err
-	}
 	conns, err := dialAll(t.cluster.Endpoints())
 	if err != nil {
 		return 0, 0, err
 	}
 	defer closeAll(conns)
-	// Clients of a running cluster have their connections, and it works.
-	for i := range failoverKeys {
-		for _, conn := range conns {
-			if err := putUntil(ctx, conn, failoverKey(i), time.Now().Add(failoverTimeout)); err != nil {
-				return 0, 0, fmt.Errorf("put before the kill: %w", err)
-			}
-		}
+	victim, err := t.steadyLeader(ctx, conns)
+	if err != nil {
+		return 0, 0, err
 	}
 	killed := time.Now()
 	t.cluster.Kill(victim)
@@ -77,6 +70,29 @@ func (t *trial) killLeader(ctx context.Context) (first, every time.Duration, err
 		return 0, 0, err
 	}
 	return took[0], every, t.settle(ctx)
+}
+
+// steadyLeader returns the leader, once all clients have put all keys under the same one: those of a running cluster have
+// their connections, and everything works.
+func (t *trial) steadyLeader(ctx context.Context, conns []*grpc.ClientConn) (int, error) {
+	const attempts = 10
+	for range attempts {
+		leader, err := t.leader(ctx, failoverKey(0))
+		if err != nil {
+			return 0, err
+		}
+		for i := range failoverKeys {
+			for _, conn := range conns {
+				if err := putUntil(ctx, conn, failoverKey(i), time.Now().Add(failoverTimeout)); err != nil {
+					return 0, fmt.Errorf("put before the kill: %w", err)
+				}
+			}
+		}
+		if now, err := t.leader(ctx, failoverKey(0)); now == leader || err != nil {
+			return leader, err
+		}
+	}
+	return 0, errors.New("the leader changes again and again")
 }
 
 // firstPut tries to put a key through all nodes at the same time, again and again, and returns when it has worked once.

@@ -32,7 +32,6 @@ var loads = []load{
 
 const (
 	putKeys   = 100_000
-	readKeys  = 10_000
 	rangeKeys = 100
 
 	putPrefix  = "put/"
@@ -54,7 +53,7 @@ func (l load) title() string {
 }
 
 // args are those of kvd bench.
-func (l load) args() []string {
+func (l load) args(readKeys int) []string {
 	args := []string{"bench", l.kind, "--key-size", strconv.Itoa(keyBytes), "--val-size", strconv.Itoa(valueBytes)}
 	switch l.part {
 	case "put":
@@ -110,7 +109,7 @@ func (t *trial) prepareLoads(ctx context.Context) error {
 		return nil
 	}
 	_, err := t.bench(ctx, "bench", "get", "--key-size", strconv.Itoa(keyBytes), "--val-size", strconv.Itoa(valueBytes),
-		"--prefix", readPrefix, "--keys", strconv.Itoa(readKeys), "--clients", "100", "--total", "1000",
+		"--prefix", readPrefix, "--keys", strconv.Itoa(t.readKeys), "--clients", "100", "--total", "1000",
 		"--endpoints", strings.Join(t.cluster.Endpoints(), ","))
 	return err
 }
@@ -128,7 +127,7 @@ func (t *trial) load(ctx context.Context, l load) (int, error) {
 	var elapsed, cpu, client, p50, p99, n float64
 	for _, some := range endpoints {
 		meter := t.startMeter()
-		args := append(l.args(), "--duration", duration.String(), "--clients", strconv.Itoa(l.clients),
+		args := append(l.args(t.readKeys), "--duration", duration.String(), "--clients", strconv.Itoa(l.clients),
 			"--conns", strconv.Itoa(min(l.clients, maxConns)), "--endpoints", strings.Join(some, ","))
 		r, err := t.bench(ctx, args...)
 		used, meterErr := meter.between(r.Start, r.Elapsed)
@@ -276,7 +275,7 @@ func (t *trial) verifyLoads(ctx context.Context, puts int) error {
 		return err
 	}
 	if versions != puts {
-		return fmt.Errorf("%d puts were acknowledged, %d are there", puts, versions)
+		return fmt.Errorf("%w: %d puts were acknowledged, %d are there", errWrong, puts, versions)
 	}
 	conns, err := dialAll(t.cluster.Endpoints())
 	if err != nil {
@@ -291,12 +290,12 @@ func (t *trial) verifyLoads(ctx context.Context, puts int) error {
 			if err != nil {
 				return err
 			}
-			if len(response.Kvs) != readKeys {
-				return fmt.Errorf("node %d has %d keys to read, not %d (serializable: %v)", i+1, len(response.Kvs), readKeys, serializable)
+			if len(response.Kvs) != t.readKeys {
+				return fmt.Errorf("%w: node %d has %d keys to read, not %d (serializable: %v)", errWrong, i+1, len(response.Kvs), t.readKeys, serializable)
 			}
 			for _, kv := range response.Kvs {
 				if len(kv.Key) != keyBytes || len(kv.Value) != valueBytes {
-					return fmt.Errorf("node %d: key %q has %d bytes, not %d", i+1, kv.Key, len(kv.Value), valueBytes)
+					return fmt.Errorf("%w: node %d: key %q has %d bytes, not %d", errWrong, i+1, kv.Key, len(kv.Value), valueBytes)
 				}
 			}
 		}

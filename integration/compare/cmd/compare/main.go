@@ -81,11 +81,14 @@ func run(ctx context.Context, out, progress io.Writer, o options) error {
 	if err != nil {
 		return err
 	}
-	if err := c.run(ctx); err != nil {
-		return err
-	}
+	err = c.run(ctx)
 	text := c.markdown()
-	if _, err := io.WriteString(out, text); err != nil {
+	if len(c.figures) > 0 { // also what was measured until an interrupt
+		if _, err := io.WriteString(out, text); err != nil {
+			return err
+		}
+	}
+	if err != nil {
 		return err
 	}
 	if err := replaceBetweenMarkers(o.out, text); err != nil {

@@ -60,7 +60,7 @@ func TestQuickRun(t *testing.T) {
 func TestPutsThatAreNotThereAreNoticed(t *testing.T) {
 	dir := t.TempDir()
 	c := &comparison{
-		o: options{quick: true, duration: 100 * time.Millisecond}, chosen: map[string]bool{"put": true}, dir: dir,
+		o: options{quick: true, duration: 100 * time.Millisecond}, readKeys: 1, chosen: map[string]bool{"put": true}, dir: dir,
 		binaries: map[string]string{}, progress: t.Output(), begun: time.Now(), figures: figures{},
 	}
 	for _, pkg := range []string{servers.KVD, servers.Floor} {
@@ -74,6 +74,9 @@ func TestPutsThatAreNotThereAreNoticed(t *testing.T) {
 	tried := &trial{comparison: c, contestant: &liar}
 	if err := tried.measure(t.Context(), (*trial).loads); err == nil || !strings.Contains(err.Error(), "puts were acknowledged, 1 are there") {
 		t.Errorf("nothing was noticed: %v", err)
+	}
+	if s := c.figures.of("put-1/rate", full); len(s) != 0 {
+		t.Errorf("its figures count: %v", s)
 	}
 }
 

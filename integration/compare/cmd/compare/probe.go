@@ -129,12 +129,16 @@ func (t *trial) disrupted(ctx context.Context, row string, endpoints []string, e
 	if err := errors.Join(err1, err2); err != nil {
 		return fmt.Errorf("%s: %w", row, err)
 	}
+	var failed []sample
 	for _, s := range samples {
-		t.probed.sent++
 		if s.err != nil {
-			t.probed.failed++
-			t.logf("%s: a put failed after %v: %v", row, s.latency, s.err)
+			failed = append(failed, s)
 		}
+	}
+	t.probed.sent += len(samples)
+	t.probed.failed += len(failed)
+	if len(failed) > 0 {
+		t.logf("%s: %d of %d puts failed, the first after %v: %v", row, len(failed), len(samples), failed[0].latency, failed[0].err)
 	}
 	t.note(row+"/without", millis(without))
 	t.note(row+"/with", millis(with))

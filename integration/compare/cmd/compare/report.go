@@ -14,13 +14,14 @@ import (
 func (c *comparison) markdown() string {
 	var s strings.Builder
 	fmt.Fprintf(&s, "Measured %s.\n\n", c.machine)
-	fmt.Fprintf(&s, "%s, %v for each load, %d keys in the store for memory, restart and disruption; it took %v. Other processes used %s.\n",
+	fmt.Fprintf(&s, "%s, %v for each load, %d keys in the store for memory, restart and disruption; it took %v. %s\n",
 		plural(c.o.rounds, "round"), c.o.duration, c.o.keys, c.took.Round(time.Second), c.noise())
 	if c.o.quick {
 		s.WriteString("\n**A quick run: it shows that everything works, and its figures mean nothing.**\n")
 	}
-	s.WriteString("\n### Targets\n\nIn brackets the least and the most of all rounds.\n\n")
-	s.WriteString(align(c.targetTable()))
+	if table := c.targetTable(); len(table) > 1 {
+		s.WriteString("\n### Targets\n\nIn brackets the least and the most of all rounds.\n\n" + align(table))
+	}
 	for _, section := range sections {
 		if table := c.sectionTable(section); len(table) > 1 {
 			fmt.Fprintf(&s, "\n### %s\n\n%s", section, align(table))
@@ -45,15 +46,18 @@ func plural(n int, what string) string {
 // noise says what else the machine did.
 func (c *comparison) noise() string {
 	if len(c.others) == 0 {
-		return "nobody knows what"
+		return ""
 	}
 	s := spread(c.others)
-	return fmt.Sprintf("%.2f of %d processors in the median of all loads, %.2f at most", s.median(), runtime.NumCPU(), s.max())
+	return fmt.Sprintf("Other processes used %.2f of %d processors in the median of all loads, %.2f at most.", s.median(), runtime.NumCPU(), s.max())
 }
 
 func (c *comparison) targetTable() [][]string {
 	table := [][]string{{"", "of", "target", "kvd full", "", "kvd consistent", ""}}
 	for _, t := range targets {
+		if c.o.only != "" && len(c.figures[t.row]) == 0 {
+			continue
+		}
 		line := []string{t.title, t.over(), t.String(), "", "", "", ""}
 		for _, server := range t.of {
 			column := 3

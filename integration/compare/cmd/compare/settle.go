@@ -10,7 +10,7 @@ import (
 )
 
 // settleTimeout bounds how long shards may take to find their places.
-const settleTimeout = time.Minute
+const settleTimeout = 3 * time.Minute
 
 // settle waits until every shard is led from where it is to be led.
 func settle(ctx context.Context, kvd string, endpoints []string) error {

@@ -27,7 +27,7 @@ var watches = []watchLoad{{1}, {100}}
 func (w watchLoad) key() string { return fmt.Sprintf("watch-%d", w.watchers) }
 
 func (w watchLoad) title() string {
-	return fmt.Sprintf("%d watchers, %d puts/s", w.watchers, watchRate)
+	return fmt.Sprintf("%s, %d puts/s", plural(w.watchers, "watcher"), watchRate)
 }
 
 // watch measures watches of a server that has them.
@@ -43,7 +43,7 @@ func (t *trial) watch(ctx context.Context) error {
 		t.note(w.key()+"/p50", event.Latency.P50/1000)
 		t.note(w.key()+"/p99", event.Latency.P99/1000)
 	}
-	event, err := t.benchWatch(ctx, fanWatchers, "--clients", "10")
+	event, err := t.benchWatch(ctx, fanWatchers, "--rate", "0", "--clients", "10")
 	if err != nil {
 		return err
 	}
