@@ -27,7 +27,7 @@ const (
 	RaftLogBolt   = "boltdb" // a bbolt file for each replica
 
 	// DefaultRaftLog is that of new data directories.
-	DefaultRaftLog = RaftLogBolt
+	DefaultRaftLog = RaftLogShared
 )
 
 // In a data directory.
