@@ -446,11 +446,7 @@ func (n *Node) openReplicaFiles(cfg shard.Config) (*shard.Replica, error) {
 	if errors.Is(err, raftlog.ErrCorrupt) || errors.Is(err, fsm.ErrCorruptState) || errors.Is(err, shard.ErrLogGap) {
 		return nil, fmt.Errorf("%w: %w", errReplicaLost, err)
 	}
-	if errors.Is(err, wal.ErrCorrupt) { // it is the log of all
-		err = damagedLog(n.cfg.DataDir, err)
-		n.cfg.OnFatal(err)
-	}
-	return replica, err
+	return replica, damagedLog(n.cfg.DataDir, err)
 }
 
 // createReplicaFiles makes the files of a replica that was never opened.

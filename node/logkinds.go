@@ -7,6 +7,9 @@ import (
 	"math"
 	"path/filepath"
 	"slices"
+	"time"
+
+	"github.com/hashicorp/raft"
 
 	"kvd/node/bootstrap"
 	"kvd/placement"
@@ -52,9 +55,10 @@ func (b boltLogs) keys(of []placement.ReplicaRef) (map[placement.ReplicaRef]stab
 
 // sharedLogs are all in one.
 type sharedLogs struct {
-	log *wal.Log
-	fs  vfs.FS
-	dir string
+	log   *wal.Log
+	fs    vfs.FS
+	dir   string
+	fatal func(error)
 }
 
 // logID is a replica's name in the shared log.
@@ -101,8 +105,37 @@ func (s *sharedLogs) open(r placement.ReplicaRef, guard func() uint64, cacheByte
 	if err != nil {
 		return nil, err // not a LogStore that holds a nil pointer
 	}
-	return store, nil
+	return &watchedLog{store, s.fatal}, nil
 }
+
+// watchedLog tells at once when nobody can go on with the shared log. Raft
+// panics where a term cannot be stored or an entry cannot be read: the node has
+// time to end with what is wrong instead.
+type watchedLog struct {
+	*wal.Store
+	fatal func(error) // nil: nobody wants to know
+}
+
+const timeToEnd = 5 * time.Second
+
+func (w *watchedLog) watch(err error) error {
+	if w.fatal != nil && (errors.Is(err, wal.ErrFailed) || errors.Is(err, wal.ErrCorrupt)) {
+		w.fatal(err)
+		time.Sleep(timeToEnd)
+	}
+	return err
+}
+
+func (w *watchedLog) GetLog(index uint64, entry *raft.Log) error {
+	return w.watch(w.Store.GetLog(index, entry))
+}
+func (w *watchedLog) StoreLog(entry *raft.Log) error      { return w.watch(w.Store.StoreLog(entry)) }
+func (w *watchedLog) StoreLogs(entries []*raft.Log) error { return w.watch(w.Store.StoreLogs(entries)) }
+func (w *watchedLog) DeleteRange(first, last uint64) error {
+	return w.watch(w.Store.DeleteRange(first, last))
+}
+func (w *watchedLog) Set(key, value []byte) error          { return w.watch(w.Store.Set(key, value)) }
+func (w *watchedLog) SetUint64(key []byte, v uint64) error { return w.watch(w.Store.SetUint64(key, v)) }
 
 func (s *sharedLogs) missing(r placement.ReplicaRef) (string, error) {
 	id, err := logID(r)

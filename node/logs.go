@@ -114,7 +114,7 @@ func (n *Node) openLogs() error {
 		return err
 	}
 	n.logs, err = openLogs(kind, logConfig{
-		dataDir: n.cfg.DataDir, fs: n.cfg.LogFS, segmentBytes: n.cfg.LogSegmentBytes, noSync: n.cfg.NoSync, logger: n.log, registerer: n.cfg.Registry,
+		dataDir: n.cfg.DataDir, fs: n.cfg.LogFS, segmentBytes: n.cfg.LogSegmentBytes, noSync: n.cfg.NoSync, logger: n.log, registerer: n.cfg.Registry, fatal: n.cfg.OnFatal,
 	})
 	return err
 }
@@ -127,6 +127,7 @@ type logConfig struct {
 	noSync       bool
 	logger       *slog.Logger
 	registerer   prometheus.Registerer // may be nil
+	fatal        func(error)           // told why nobody can go on with the shared log; may be nil
 }
 
 func openLogs(kind string, c logConfig) (raftLogs, error) {
@@ -142,7 +143,11 @@ func openLogs(kind string, c logConfig) (raftLogs, error) {
 	if err != nil {
 		return nil, damagedLog(c.dataDir, err)
 	}
-	return &sharedLogs{log, c.fs, dir}, nil
+	shared := &sharedLogs{log: log, fs: c.fs, dir: dir}
+	if c.fatal != nil {
+		shared.fatal = func(err error) { c.fatal(damagedLog(c.dataDir, err)) }
+	}
+	return shared, nil
 }
 
 // damagedLog says what to do about a log that cannot be trusted. It is all

@@ -23,6 +23,7 @@ import (
 
 	"kvd/node/bootstrap"
 	"kvd/shard"
+	"kvd/shard/wal/vfs"
 	"kvd/transport"
 )
 
@@ -36,6 +37,7 @@ type town struct {
 	shards  int             // 0: full
 	copies  int             // with shards; 0: 2
 	raftLog string          // of nodes that start from now on
+	logFS   vfs.FS          // with RaftLogShared; nil: the real one
 	deaf    map[string]bool // addresses that nobody connects to from now on
 
 	mu    sync.Mutex
@@ -87,7 +89,7 @@ func (w *town) config(name, dir string) Config {
 	addr := w.peers[name]
 	cfg := Config{
 		Name: name, DataDir: filepath.Join(w.dir, dir), Peers: w.peers,
-		ListenClient: "none", ListenHTTP: "none", ListenPeer: addr, MinDiskFree: 1, NoSync: true, RaftLog: w.raftLog,
+		ListenClient: "none", ListenHTTP: "none", ListenPeer: addr, MinDiskFree: 1, NoSync: true, RaftLog: w.raftLog, LogFS: w.logFS,
 		Network: townNetwork{w.network, w.dialer(addr)},
 		Logger:  slog.New(slog.NewTextHandler(w, nil)).With("on", name),
 		OnFatal: func(err error) {

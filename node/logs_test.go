@@ -1,0 +1,127 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/raft"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"kvd/placement"
+	"kvd/shard/wal/vfs"
+)
+
+// A sync that fails ends the node at once, and says why; without LogFS's fault
+// it starts again with all that it has acknowledged.
+func TestAFailedSyncEndsTheNode(t *testing.T) {
+	inTown(t, 1, func(w *town) {
+		logs := new(vfs.Memory)
+		w.raftLog, w.logFS = RaftLogShared, logs
+		w.start("n1")
+		w.awaitReady("n1")
+		kvPut(t, w.nodes["n1"], "k", "v")
+		logs.Inject(func(op vfs.Op) error {
+			if op.Kind == vfs.OpSync {
+				return syscall.EIO
+			}
+			return nil
+		})
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if _, err := w.nodes["n1"].KV().Put(ctx, &pb.PutRequest{Key: []byte("k"), Value: []byte("lost")}); err == nil {
+			t.Error("a write that is not durable was acknowledged")
+		}
+		if err := w.fatalOf("n1"); !errors.Is(err, syscall.EIO) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("the node ends with %v", err)
+		}
+		delete(w.fatal, "n1")
+		_ = w.nodes["n1"].Abort() // says again what has failed
+		delete(w.nodes, "n1")
+		logs.Inject(nil)
+		w.start("n1")
+		w.awaitReady("n1")
+		if got := kvGet(t, w.nodes["n1"], "k"); got == "" {
+			t.Error("an acknowledged write is lost")
+		}
+	})
+}
+
+// An entry that is damaged while the node runs ends it with one line, before raft
+// panics about it.
+func TestADamagedEntryEndsTheNode(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		disk := new(vfs.Memory)
+		var fatal []error
+		logs, err := openLogs(RaftLogShared, logConfig{dataDir: "data", fs: disk, fatal: func(err error) { fatal = append(fatal, err) }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer logs.close()
+		r := placement.ReplicaRef{Group: 3, ID: "n1/4w"}
+		if err := logs.create(r); err != nil {
+			t.Fatal(err)
+		}
+		log, err := logs.open(r, nil, -1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer log.Close()
+		const marker = "the data of this very entry"
+		for i, data := range []string{"before", marker, "after"} {
+			if err := log.StoreLog(&raft.Log{Index: uint64(i + 1), Term: 1, Data: []byte(data)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		damage(t, disk, filepath.Join("data", sharedDir), marker)
+		var entry raft.Log
+		if err := log.GetLog(1, &entry); err != nil || len(fatal) > 0 {
+			t.Errorf("a sound entry: %v, %v", err, fatal)
+		}
+		if err := log.GetLog(4, &entry); err != raft.ErrLogNotFound || len(fatal) > 0 {
+			t.Errorf("an entry that is not there: %v, %v", err, fatal)
+		}
+		began := time.Now()
+		if err := log.GetLog(2, &entry); err == nil || time.Since(began) < timeToEnd {
+			t.Errorf("a damaged entry: %v, after %v", err, time.Since(began))
+		}
+		if len(fatal) != 1 || !strings.Contains(fatal[0].Error(), "data directory data is damaged") || strings.Contains(fatal[0].Error(), "\n") {
+			t.Errorf("the node ends with %v", fatal)
+		}
+	})
+}
+
+// damage changes a byte of where a text is in a directory's files.
+func damage(t *testing.T, disk *vfs.Memory, dir, text string) {
+	t.Helper()
+	names, err := disk.List(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		file, err := disk.Open(filepath.Join(dir, name), false)
+		if err != nil {
+			continue
+		}
+		size, err := file.Size()
+		if err != nil {
+			t.Fatal(err)
+		}
+		content := make([]byte, size)
+		if _, err := file.ReadAt(content, 0); err != nil && size > 0 {
+			t.Fatal(err)
+		}
+		if at := strings.Index(string(content), text); at >= 0 {
+			if _, err := file.WriteAt([]byte{'T'}, int64(at)); err != nil {
+				t.Fatal(err)
+			}
+			return
+		}
+	}
+	t.Fatalf("%q is nowhere", text)
+}
