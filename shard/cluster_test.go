@@ -224,7 +224,9 @@ type testLog struct {
 	mu       sync.Mutex
 	resets   int
 	failWith error
-	unread   bool // reads of entries fail
+	unread   bool          // reads of entries fail
+	takes    time.Duration // each write
+	refuse   error         // what writes fail with
 }
 
 func (l *testLog) breakReads(on bool) {

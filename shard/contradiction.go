@@ -36,11 +36,13 @@ func (s settledLog) StoreLogs(entries []*raft.Log) error {
 	}
 	h := s.l.r.held
 	if h == nil {
+		s.l.sendEarly(entries)
 		return s.LogStore.StoreLogs(entries)
 	}
 	if err := h.admit(entries); err != nil {
 		return err
 	}
+	s.l.sendEarly(entries)
 	if err := s.LogStore.StoreLogs(entries); err != nil {
 		return err
 	}

@@ -37,6 +37,7 @@ type Faults struct {
 	WitnessServes bool
 
 	witnessStands bool // witnesses stand for election like others
+	sendLate      bool // the leader sends entries when it has written them
 	succeedAlone  bool // a follower trusts its own verdict that the leader is dead
 }
 

@@ -42,6 +42,10 @@ type Transport interface {
 	// Suspend makes every outgoing message fail at once while it is true.
 	Suspend(bool)
 
+	// AppendEarly sends entries to the followers just before the leader writes
+	// them to its own log. It does not wait.
+	AppendEarly(term, commit uint64, entries []*raft.Log)
+
 	// Dead reports whether the process of the peer's node is proven dead, which
 	// silence does not prove.
 	Dead(peer raft.ServerID) bool

@@ -59,8 +59,9 @@ type Group struct {
 	inboxBytes int
 	wake       chan struct{} // capacity 1: the inbox is not empty
 
-	peersMu sync.Mutex
-	peers   map[raft.ServerID]progress
+	peersMu   sync.Mutex
+	peers     map[raft.ServerID]progress
+	pipelines []*pipeline // replaced, never changed in place but at its end
 }
 
 // progress is what the answers of a peer have shown in the newest term.
@@ -292,7 +293,7 @@ func (g *Group) roundTrip(target raft.ServerAddress, timeout time.Duration, req,
 	}
 	timer := time.NewTimer(timeout)
 	defer timer.Stop()
-	s, err := g.send(c, target, timeout, req)
+	s, err := g.send(c, target, timeout, req, true)
 	if err != nil {
 		return err
 	}
@@ -310,17 +311,20 @@ type sent struct {
 	p  *pending
 }
 
-// send queues a raft message. If the queue is full it waits for room, at most for the timeout.
-func (g *Group) send(c *conn, target raft.ServerAddress, timeout time.Duration, req any) (sent, error) {
+// send queues a raft message. If the queue is full it may wait for room, at most for the timeout.
+func (g *Group) send(c *conn, target raft.ServerAddress, timeout time.Duration, req any, wait bool) (sent, error) {
 	if err := g.usable(); err != nil {
 		return sent{}, err
 	}
 	s := sent{c, c.lastID.Add(1), g.t.pending.Get().(*pending)}
 	m := outgoing{lane: laneControl, kind: kindRaftRequest, id: s.id}
 	if r, ok := req.(*raft.AppendEntriesRequest); ok && !isHeartbeat(r) {
-		ctx, cancel := context.WithTimeout(g.ctx, timeout)
-		defer cancel()
-		m.lane, m.group, m.wait = laneSmall, g.key.group+1, ctx.Done()
+		m.lane, m.group = laneSmall, g.key.group+1
+		if wait {
+			ctx, cancel := context.WithTimeout(g.ctx, timeout)
+			defer cancel()
+			m.wait = ctx.Done()
+		}
 	}
 	frame := appendString(appendUint(newFrame(), g.key.group), target)
 	frame = appendUint(append(frame, byte(typeOf(req))), uint64(timeout))

@@ -12,6 +12,9 @@ import (
 // pipeline is a raft.AppendPipeline over one connection. After its first failure, which includes an
 // answer without success, it fails every later send at once: raft stops reading the answers then, so
 // waiting for it would never end (hashicorp/raft#612).
+//
+// Entries may leave before raft asks for it (Group.AppendEarly). What raft asks for later is then not sent
+// again: its future gets the answer that the early message gets.
 type pipeline struct {
 	g      *Group
 	c      *conn
@@ -20,15 +23,23 @@ type pipeline struct {
 	ctx    context.Context // ends with the first failure, with Close, and with the Group
 	fail   context.CancelCauseFunc
 	closed chan struct{}
-	slots  chan struct{} // one per request without an answer
-	sent   chan *future  // in order
+	slots  chan struct{} // one per flight without an answer
+	sent   chan *flight  // in order
 	done   chan raft.AppendFuture
 	tasks  sync.WaitGroup
 	once   sync.Once
 
+	turn  chan struct{} // has room for the one who sends, who may wait for room himself
+	tail  tail          // turn guards it
+	early []*flight     // that raft has not asked for, in order; turn guards it
+
 	mu    sync.Mutex
 	known known
 }
+
+// tail is the last entry that was sent, or that the peer is known to have; term is the leader's, 0 if
+// nothing was sent yet.
+type tail struct{ term, index, logTerm uint64 }
 
 // known is what the peer has told it knows.
 type known struct {
@@ -37,9 +48,23 @@ type known struct {
 	sent   time.Time // when it was last sent anything
 }
 
+// flight is a message on its way, until it is answered.
+type flight struct {
+	s     sent
+	start time.Time
+	args  *raft.AppendEntriesRequest
+	resp  *raft.AppendEntriesResponse
+	err   error
+
+	finished bool      // resp and err are set; pipeline.mu guards this and waiting
+	waiting  []*future // raft's, that get this answer
+}
+
+func (f *flight) first() uint64 { return f.args.Entries[0].Index }
+func (f *flight) last() uint64  { return f.args.Entries[len(f.args.Entries)-1].Index }
+
 // future implements raft.AppendFuture.
 type future struct {
-	s     sent
 	start time.Time
 	args  *raft.AppendEntriesRequest
 	resp  *raft.AppendEntriesResponse
@@ -65,10 +90,13 @@ func (g *Group) AppendEntriesPipeline(id raft.ServerID, target raft.ServerAddres
 		return nil, err
 	}
 	window := g.t.cfg.PipelineWindow
-	p := &pipeline{g: g, c: c, peer: id, target: target, closed: make(chan struct{}),
-		slots: make(chan struct{}, window), sent: make(chan *future, window), done: make(chan raft.AppendFuture, window)}
+	p := &pipeline{g: g, c: c, peer: id, target: target, closed: make(chan struct{}), turn: make(chan struct{}, 1),
+		slots: make(chan struct{}, window), sent: make(chan *flight, window), done: make(chan raft.AppendFuture, window)}
 	p.ctx, p.fail = context.WithCancelCause(g.ctx)
 	p.tasks.Go(p.deliver)
+	g.peersMu.Lock()
+	g.pipelines = append(g.pipelines, p)
+	g.peersMu.Unlock()
 	return p, nil
 }
 
@@ -76,32 +104,61 @@ func (g *Group) AppendEntriesPipeline(id raft.ServerID, target raft.ServerAddres
 // queue, at most for Config.RPCTimeout. A request that tells the peer nothing is dropped, and its future
 // never comes out of Consumer.
 func (p *pipeline) AppendEntries(args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) (raft.AppendFuture, error) {
+	select {
+	case p.turn <- struct{}{}:
+		defer func() { <-p.turn }()
+	case <-p.ctx.Done():
+	}
 	if p.ctx.Err() != nil {
 		return nil, context.Cause(p.ctx)
+	}
+	if p.tail.term != args.Term && (len(p.early) == 0 || !p.g.t.faults.answersForOthers) {
+		p.tail, p.early = tail{args.Term, args.PrevLogEntry, args.PrevLogTerm}, nil
 	}
 	if p.tellsNothing(args) {
 		return &future{start: time.Now(), args: args, resp: resp, ready: closed}, nil
 	}
+	p.g.fit(args)
+	f := &future{start: time.Now(), args: args, resp: resp, ready: make(chan struct{})}
+	rest, covering := p.unsent(args)
+	if covering != nil {
+		p.attach(f, covering)
+		return f, nil
+	}
+	return f, p.send(f, rest)
+}
+
+// send sends a request that waits for room.
+func (p *pipeline) send(f *future, args *raft.AppendEntriesRequest) error {
 	timeout := p.g.t.cfg.RPCTimeout
 	timer := time.NewTimer(timeout)
 	defer timer.Stop()
 	select {
 	case p.slots <- struct{}{}:
 	case <-p.ctx.Done():
-		return nil, context.Cause(p.ctx)
+		return context.Cause(p.ctx)
 	case <-timer.C:
 		p.fail(ErrTimeout)
-		return nil, ErrTimeout
+		return ErrTimeout
 	}
-	p.g.fit(args)
-	f := &future{start: time.Now(), args: args, resp: resp, ready: make(chan struct{})}
+	fl := &flight{start: time.Now(), args: args, resp: new(raft.AppendEntriesResponse), waiting: []*future{f}}
+	f.start = fl.start
 	var err error
-	if f.s, err = p.g.send(p.c, p.target, timeout, args); err != nil {
+	if fl.s, err = p.g.send(p.c, p.target, timeout, args, true); err != nil {
 		p.fail(err)
-		return nil, err
+		return err
 	}
-	p.sent <- f // has room: a slot was free
-	return f, nil
+	p.took(fl)
+	return nil
+}
+
+// took notes what has been sent. The caller has p.turn.
+func (p *pipeline) took(fl *flight) {
+	if n := len(fl.args.Entries); n > 0 {
+		last := fl.args.Entries[n-1]
+		p.tail.index, p.tail.logTerm = last.Index, last.Term
+	}
+	p.sent <- fl // has room: a slot was free
 }
 
 var closed = func() chan struct{} {
@@ -145,22 +202,26 @@ func (p *pipeline) Close() error {
 	p.once.Do(func() {
 		close(p.closed)
 		p.fail(raft.ErrPipelineShutdown)
+		p.g.forget(p)
 	})
 	p.tasks.Wait()
 	return nil
 }
 
-// deliver completes the futures in order, until Close.
+// deliver completes what was sent, in order, until Close.
 func (p *pipeline) deliver() {
 	for {
 		select {
-		case f := <-p.sent:
-			p.complete(f)
-			select {
-			case p.done <- f:
-				<-p.slots
-			case <-p.closed:
+		case fl := <-p.sent:
+			p.complete(fl)
+			p.mu.Lock()
+			fl.finished = true
+			waiting := fl.waiting
+			p.mu.Unlock()
+			for _, f := range waiting {
+				p.answer(f, fl)
 			}
+			<-p.slots
 		case <-p.closed:
 			if len(p.sent) == 0 {
 				return
@@ -169,29 +230,58 @@ func (p *pipeline) deliver() {
 	}
 }
 
-// complete waits for the answer to a request.
-func (p *pipeline) complete(f *future) {
-	timer := time.NewTimer(time.Until(f.start.Add(p.g.t.cfg.RPCTimeout)))
+// answer gives raft's future the answer to a message.
+func (p *pipeline) answer(f *future, fl *flight) {
+	*f.resp, f.err = *fl.resp, fl.err
+	close(f.ready)
+	select {
+	case p.done <- f:
+	case <-p.closed:
+	}
+}
+
+// attach has a message that was sent before raft asked for it answer raft's future.
+func (p *pipeline) attach(f *future, fl *flight) {
+	f.start = fl.start
+	p.mu.Lock()
+	finished := fl.finished
+	if !finished {
+		fl.waiting = append(fl.waiting, f)
+	}
+	p.mu.Unlock()
+	if !finished {
+		return
+	}
+	*f.resp, f.err = *fl.resp, fl.err
+	close(f.ready)
+	select {
+	case p.done <- f:
+	case <-p.ctx.Done(): // raft reads no more
+	}
+}
+
+// complete waits for the answer to a message.
+func (p *pipeline) complete(fl *flight) {
+	timer := time.NewTimer(time.Until(fl.start.Add(p.g.t.cfg.RPCTimeout)))
 	defer timer.Stop()
-	payload, err := f.s.wait(p.ctx.Done(), timer.C)
+	payload, err := fl.s.wait(p.ctx.Done(), timer.C)
 	if errors.Is(err, ErrClosed) && p.g.ctx.Err() == nil {
 		err = context.Cause(p.ctx) // why the pipeline ended: another request may have timed out at the same instant
 	}
 	if err == nil {
-		err = decodeResponse(payload, f.resp)
+		err = decodeResponse(payload, fl.resp)
 	}
 	switch {
 	case err != nil:
-		resetResponse(f.resp)
+		resetResponse(fl.resp)
 		p.fail(err)
-	case !f.resp.Success:
+	case !fl.resp.Success:
 		p.fail(errPipelineBroken)
 	default:
-		p.learn(f.args)
+		p.learn(fl.args)
 	}
 	if err == nil {
-		p.g.record(p.peer, f.start, f.args, f.resp)
+		p.g.record(p.peer, fl.start, fl.args, fl.resp)
 	}
-	f.err = err
-	close(f.ready)
+	fl.err = err
 }

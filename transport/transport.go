@@ -151,6 +151,7 @@ type Transport struct {
 type faults struct {
 	lostIsUnreachable bool // every request on a broken connection counts as not delivered
 	ackedAtAnswer     bool // Acked takes the time of the answer
+	answersForOthers  bool // what was sent early answers for whatever is sent later
 	silenceIsDeath    bool // a node counts as dead that does not answer
 }
 
