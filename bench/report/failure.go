@@ -298,10 +298,10 @@ const loadLimit = 4 * moveLimit
 func startLoad(ctx context.Context, c *cluster, o Options) *load {
 	ctx, cancel := context.WithCancel(ctx)
 	l := &load{cancel: cancel, begin: time.Now()}
-	for _, kind := range []bench.Kind{bench.Put, bench.Get} {
+	for kind, rate := range map[bench.Kind]float64{bench.Put: o.Rate, bench.Get: readsPerWrite * o.Rate} {
 		options := bench.Options{
 			Endpoints: c.Endpoints(), Workload: bench.Workload{Kind: kind}, Clients: int(o.Rate*bench.DefaultTimeout.Seconds()) + len(c.Nodes),
-			Conns: len(c.Nodes), Rate: o.Rate, Duration: loadLimit, Keys: o.Pairs, ValueBytes: o.ValueBytes, SkipLoad: true,
+			Conns: len(c.Nodes), Rate: rate, Duration: loadLimit, Keys: o.Pairs, ValueBytes: o.ValueBytes, SkipLoad: true,
 			Prefix: keyPrefix + "many/", Dial: l.dial(c), Observe: l.observe,
 		}
 		l.done.Go(func() {

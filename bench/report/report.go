@@ -42,12 +42,13 @@ type Program struct {
 
 // Load says how much was asked of the clusters.
 type Load struct {
-	Pairs       int           `json:"pairs"`
-	ValueBytes  int           `json:"value_bytes"`
-	Clients     int           `json:"clients"` // that write or read at the same time
-	Sustained   time.Duration `json:"sustained_ns"`
-	RatePerKind float64       `json:"rate_per_kind"` // writes per second, and reads per second, while nodes die and return
-	DownAfter   time.Duration `json:"down_after_ns"` // --down-after, of consistent
+	Pairs      int           `json:"pairs"`
+	ValueBytes int           `json:"value_bytes"`
+	Clients    int           `json:"clients"` // that write or read at the same time
+	Sustained  time.Duration `json:"sustained_ns"`
+	WriteRate  float64       `json:"write_rate"` // per second, while nodes die and return
+	ReadRate   float64       `json:"read_rate"`
+	DownAfter  time.Duration `json:"down_after_ns"` // --down-after, of consistent
 }
 
 // Layout is what a cluster is made of.

@@ -15,7 +15,7 @@ func sampleReport() *Report {
 		Format: Format, Started: time.Date(2026, 11, 23, 3, 0, 0, 0, time.UTC), Took: 200 * time.Second,
 		Program: Program{Version: "1.2.3", Revision: "abcdef", Go: "go1.26", Command: "kvd bench report"},
 		Machine: Machine{System: "linux/amd64", CPU: "A CPU", Cores: 2, MemoryBytes: 24 << 30, Kernel: "Linux 6", FileSystem: "ext4", Sync: 2 * ms},
-		Load:    Load{Pairs: 1000, ValueBytes: 256, Clients: 32, Sustained: 3 * time.Second, RatePerKind: 100, DownAfter: 3 * time.Second},
+		Load:    Load{Pairs: 1000, ValueBytes: 256, Clients: 32, Sustained: 3 * time.Second, WriteRate: 100, ReadRate: 97, DownAfter: 3 * time.Second},
 	}
 	for _, strategy := range []string{Full, Consistent} {
 		for _, l := range layouts(strategy) {

@@ -62,7 +62,7 @@ It exits with 1 if a step failed, and with 5 if an acknowledged write was lost; 
 	f.IntVar(&o.Pairs, "pairs", 0, "pairs to write and read (default 1000)")
 	f.IntVar(&o.Clients, "clients", 0, "how many write or read at the same time (default 32)")
 	f.IntVar(&o.ValueBytes, "val-size", 0, "bytes of a value (default 256)")
-	f.Float64Var(&o.Rate, "rate", 0, "writes per second, and reads per second, while nodes fail and recover (default 100)")
+	f.Float64Var(&o.Rate, "rate", 0, "writes per second, and about as many reads, while nodes fail and recover (default 100)")
 	f.BoolVar(&o.Quick, "quick", false, "fewer pairs and shorter waits: to see that it works, not to compare")
 	completeStrategy(cmd)
 	return cmd
