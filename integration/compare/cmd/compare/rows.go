@@ -71,7 +71,7 @@ func listRows() []row {
 		row{"compaction/with", sectionDisrupts, "p99 during the compaction of as many revisions as keys", "ms", 2},
 		row{"compaction/ratio", sectionDisrupts, "ratio", "×", 2},
 		row{"install/without", sectionDisrupts, "p99 before an install", "ms", 2},
-		row{"install/with", sectionDisrupts, "p99 while a node that lost its data gets a snapshot", "ms", 2},
+		row{"install/with", sectionDisrupts, "p99 while a node that lost its data gets it again", "ms", 2},
 		row{"install/ratio", sectionDisrupts, "ratio", "×", 2},
 		row{"probe/failed", sectionDisrupts, "puts that failed, of all these", "", 0},
 		row{"backup/time", sectionTime, "one backup", "s", 2},
