@@ -77,8 +77,9 @@ type Options struct {
 	Dir string // made if it does not exist. Required
 	FS  vfs.FS // nil: the operating system's
 
-	// SegmentBytes is the size of the log's files; 0 is DefaultSegmentBytes. A log that was written with
-	// another size goes on with this one.
+	// SegmentBytes is the size of the log's files; 0 is DefaultSegmentBytes. The very first one is a quarter of
+	// that. A log that was written with another size goes on with this one. It keeps two files at least, and
+	// no more than twice what is needed of it and a few files.
 	SegmentBytes int64
 
 	// NoSync leaves out fdatasync: a crash of the machine loses acknowledged entries and votes. Only for tests.
