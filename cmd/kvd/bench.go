@@ -181,37 +181,14 @@ func (b *benchCLI) complete(cmd *cobra.Command, client *clientOptions) (o bench.
 			b.format = formatJSON
 		}
 	}
+	if err := b.check(cmd.Flags()); err != nil {
+		return o, err
+	}
 	o = b.options
 	o.Workload.Order, o.Workload.Shape = bench.Order(b.order), strings.ToUpper(b.shape)
 	o.Workload.Serializable = b.consistency == "s"
-	given := func(name string) bool { return cmd.Flags().Changed(name) }
-	switch {
-	case !slices.Contains(benchFormats, b.format):
-		return o, usagef("--format: %q is not a format: use table, json or csv", b.format)
-	case b.consistency != "" && b.consistency != "l" && b.consistency != "s":
-		return o, usagef("--consistency: %q is neither l nor s", b.consistency)
-	case given("duration") && o.Duration <= 0, given("total") && o.Total <= 0 && o.Duration <= 0:
-		return o, usagef("--total and --duration must be above 0")
-	case o.Prefix == "":
-		return o, usagef("--prefix must not be empty: the keys of the load would be among others")
-	}
-	for name, value := range map[string]int{"clients": o.Clients, "keys": o.Keys} {
-		if value < 1 {
-			return o, usagef("--%s must be at least 1", name)
-		}
-	}
-	for name, value := range map[string]int{"limit": o.Workload.RangeKeys, "watchers": o.Workload.Watchers, "key-size": o.KeyBytes} {
-		if given(name) && value < 1 {
-			return o, usagef("--%s must be at least 1", name)
-		}
-	}
 	if o.ValueBytes == 0 {
 		o.ValueBytes = -1
-	} else if o.ValueBytes < 0 {
-		return o, usagef("--val-size must not be below 0")
-	}
-	if given("interval") && o.Interval <= 0 {
-		return o, usagef("--interval must be above 0")
 	}
 	o.Timeout = client.commandTimeout
 	for _, endpoint := range client.endpoints {
@@ -224,6 +201,34 @@ func (b *benchCLI) complete(cmd *cobra.Command, client *clientOptions) (o bench.
 		return o, usagef("%s", strings.TrimPrefix(err.Error(), bench.ErrOptions.Error()+": "))
 	}
 	return o, nil
+}
+
+// check refuses what the library would take for a default, and what only flags can get wrong.
+func (b *benchCLI) check(flags *pflag.FlagSet) error {
+	o := &b.options
+	for _, f := range []struct {
+		name  string
+		value int
+	}{{"clients", o.Clients}, {"keys", o.Keys}, {"key-size", o.KeyBytes}, {"limit", o.Workload.RangeKeys}, {"watchers", o.Workload.Watchers}} {
+		if flags.Changed(f.name) && f.value < 1 {
+			return usagef("--%s must be at least 1", f.name)
+		}
+	}
+	switch {
+	case !slices.Contains(benchFormats, b.format):
+		return usagef("--format: %q is not a format: use table, json or csv", b.format)
+	case b.consistency != "" && b.consistency != "l" && b.consistency != "s":
+		return usagef("--consistency: %q is neither l nor s", b.consistency)
+	case flags.Changed("duration") && o.Duration <= 0, flags.Changed("total") && o.Total <= 0 && o.Duration <= 0:
+		return usagef("--total and --duration must be above 0")
+	case flags.Changed("interval") && o.Interval <= 0:
+		return usagef("--interval must be above 0")
+	case o.Prefix == "":
+		return usagef("--prefix must not be empty: the keys of the load would be among others")
+	case o.ValueBytes < 0:
+		return usagef("--val-size must not be below 0")
+	}
+	return nil
 }
 
 // tls is nil where nothing asks for TLS.
