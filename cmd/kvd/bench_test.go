@@ -143,3 +143,19 @@ func TestBenchProgressLine(t *testing.T) {
 		}
 	}
 }
+
+func TestBenchTLS(t *testing.T) {
+	for endpoint, want := range map[string]bool{"n1:2379": false, "http://n1:2379": false, "https://n1:2379": true} {
+		o := clientOptions{endpoints: []string{endpoint}, dialTimeout: time.Second, commandTimeout: time.Second}
+		o.secure.InsecureTransport = true
+		cfg, err := o.tls()
+		if err != nil || (cfg != nil) != want {
+			t.Errorf("%s: %v, %v", endpoint, cfg, err)
+		}
+	}
+	o := clientOptions{endpoints: []string{"n1:2379"}}
+	o.secure.Cacert = "/nonexistent/file"
+	if _, err := o.tls(); err == nil {
+		t.Error("a missing file of --cacert is not seen")
+	}
+}
