@@ -166,7 +166,7 @@ func (l *Log) commit(group *request) error {
 	if err := l.publish(group, at); err != nil {
 		return l.fail(err)
 	}
-	if !l.asked && l.active.end > l.active.sizeBytes/2 {
+	if !l.asked && l.active.end > l.active.sizeBytes/4 {
 		l.prepareNext()
 	}
 	return nil

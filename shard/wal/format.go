@@ -64,7 +64,7 @@
 //
 // # When the disk is full
 //
-// The next segment is prepared when the last one is half full: its space is reserved, and written once. If
+// The next segment is prepared when a quarter of the last one is full: its space is reserved, and written once. If
 // there is no room, what fits into the last segment is still written. Then the write that needs the next one
 // fails, before anything of it is on the disk, and like any other failed write it is the last (ErrFailed):
 // raft may have removed the end of a log for it already, and would go on counting on what was there.
