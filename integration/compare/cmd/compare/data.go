@@ -127,11 +127,9 @@ func (t *trial) fillPart(ctx context.Context, conns []*grpc.ClientConn, version,
 }
 
 func (t *trial) checkCount(ctx context.Context, conn *grpc.ClientConn) error {
-	response, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{
-		Key: []byte(dataPrefix), RangeEnd: prefixEnd(dataPrefix), CountOnly: true,
-	})
-	if err == nil && response.Count != int64(t.o.keys) {
-		err = fmt.Errorf("%w: %d keys of %d are there", errWrong, response.Count, t.o.keys)
+	has, err := countData(ctx, conn, false)
+	if err == nil && has.Count != int64(t.o.keys) {
+		err = fmt.Errorf("%w: %d keys of %d are there", errWrong, has.Count, t.o.keys)
 	}
 	return err
 }
@@ -281,7 +279,7 @@ func (t *trial) compaction(ctx context.Context) error {
 	}
 	defer conn.Close()
 	kv := pb.NewKVClient(conn)
-	now, err := kv.Range(ctx, &pb.RangeRequest{Key: []byte(dataPrefix), RangeEnd: prefixEnd(dataPrefix), CountOnly: true})
+	now, err := countData(ctx, conn, false)
 	if err != nil {
 		return err
 	}
@@ -322,13 +320,22 @@ func (t *trial) install(ctx context.Context) error {
 	if err := t.rest(ctx, lostFor); err != nil {
 		return err
 	}
+	conn, err := servers.Dial(t.cluster.Endpoints()[leader])
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
 	var took time.Duration
 	err = t.disrupted(ctx, "install", others, func(ctx context.Context) error {
 		start := time.Now()
+		now, err := countData(ctx, conn, false)
+		if err != nil {
+			return err
+		}
 		if err := t.cluster.Replace(ctx, lost); err != nil {
 			return err
 		}
-		err := t.awaitCopy(ctx, lost)
+		err = t.awaitCopy(ctx, lost, now.Header.Revision)
 		took = time.Since(start)
 		return err
 	})
@@ -343,15 +350,15 @@ func (t *trial) install(ctx context.Context) error {
 	return err
 }
 
-// awaitCopy returns when a node has all data itself, is a full member, and shards are at home.
-func (t *trial) awaitCopy(ctx context.Context, node int) error {
+// awaitCopy returns when a node has all data of a revision itself, is a full member, and shards are at home.
+func (t *trial) awaitCopy(ctx context.Context, node int, revision int64) error {
 	conn, err := servers.Dial(t.cluster.Endpoints()[node])
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 	for {
-		err := t.hasCopy(ctx, conn)
+		err := t.hasCopy(ctx, conn, revision)
 		if err == nil {
 			break
 		}
@@ -362,8 +369,9 @@ func (t *trial) awaitCopy(ctx context.Context, node int) error {
 	return t.settle(ctx)
 }
 
-// hasCopy tells from a node's own view whether it is a full member that has applied everything.
-func (t *trial) hasCopy(ctx context.Context, conn *grpc.ClientConn) error {
+// hasCopy tells from a node's own view whether it is a full member that has applied everything. With shards, what it
+// answers may be another node's view, and only their being at home says so.
+func (t *trial) hasCopy(ctx context.Context, conn *grpc.ClientConn, revision int64) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	state, err := pb.NewMaintenanceClient(conn).Status(ctx, &pb.StatusRequest{})
@@ -373,13 +381,18 @@ func (t *trial) hasCopy(ctx context.Context, conn *grpc.ClientConn) error {
 	if state.IsLearner || state.Leader == 0 {
 		return errors.New("it is not a full member yet")
 	}
-	response, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{
-		Key: []byte(dataPrefix), RangeEnd: prefixEnd(dataPrefix), CountOnly: true, Serializable: true,
-	})
-	if err == nil && response.Count != int64(t.o.keys) {
-		err = fmt.Errorf("it has %d keys of %d", response.Count, t.o.keys)
+	has, err := countData(ctx, conn, true)
+	if err == nil && (has.Count != int64(t.o.keys) || has.Header.Revision < revision && t.shards == 0) {
+		err = fmt.Errorf("it has %d keys of %d, and revision %d of %d", has.Count, t.o.keys, has.Header.Revision, revision)
 	}
 	return err
+}
+
+// countData asks for the number of keys and the revision.
+func countData(ctx context.Context, conn *grpc.ClientConn, serializable bool) (*pb.RangeResponse, error) {
+	return pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{
+		Key: []byte(dataPrefix), RangeEnd: prefixEnd(dataPrefix), CountOnly: true, Serializable: serializable,
+	})
 }
 
 // verifyProbes checks that the puts of all probes are in the store.
