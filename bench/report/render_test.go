@@ -68,9 +68,9 @@ func TestMarkdown(t *testing.T) {
 		"6 of 6 fault tolerance tests passed", "| Machine | A CPU, 2 cores, 24 GiB of memory, Linux 6, ext4 |", "| kvd | 1.2.3, abcdef |", "| Go | go1.26 |",
 		"kvd start --strategy consistent --shards 16 --replication-factor 3 --down-after 3s",
 		"| A write, one at a time | 2.0 ms | 2.0 ms | 2.0 ms |", "| Leader killed: the next write | 1.50 s | 1.50 s | 1.50 s |",
-		"| Leader killed: a write in every shard | – | 2.50 s | 2.50 s |", "| Leader killed: requests failed | 1 of 6 |",
+		"| Leader killed: a write in every shard | – | 2.50 s | 2.50 s |", "| Leader killed: requests failed | 1 of 6 | 1 of 6 | 1 of 6 |", "| Leader killed: the longest request | 1.50 s |",
 		"- **Write Performance**: One after the other: 1,000 pairs in 2.00 s, 2.0 ms each on average, 500 per second. 32 at a time: ",
-		"Leader killed: the next write succeeded after 1.50 s; 1 of 6 requests failed (1 Unavailable). Follower killed: ",
+		"Leader killed: the next write succeeded after 1.50 s; 1 of 6 requests failed (1 Unavailable), the longest of the others took 1.50 s. Follower killed: ",
 		"in all 2 shards after 2.50 s; every key had all its copies again after 5.00 s",
 		"caught up 300 ms after its process started, every key home after 900 ms",
 		"Average write time: 2.0 ms, 25 times less than 50 ms.", "Average read time: 2.0 ms, 15 times less than 30 ms.")

@@ -94,7 +94,7 @@ func (c *Cluster) FailureWords() []string {
 		if c.Strategy != Full {
 			text += fmt.Sprintf(", in all %d shards after %s; every key had all its copies again after %s", len(f.Writes), Short(f.AllWrites), Short(f.Restored))
 		}
-		return text + "; " + f.FailedWords()
+		return text + "; " + f.FailedWords() + ", the longest of the others took " + Short(f.Load.Longest())
 	})
 }
 
@@ -229,8 +229,8 @@ func (r *Report) Analysis() (list []string) {
 		if w == nil || rd == nil || w.Error != "" || rd.Error != "" {
 			continue
 		}
-		list = append(list, fmt.Sprintf("%s: a write takes %s on average and a read %s, one after the other: %s and %s the founding report's %s and %s.",
-			upper(c.Name()), Short(w.Mean), Short(rd.Mean), times(foundingWrite, w.Mean), times(foundingRead, rd.Mean), Short(foundingWrite), Short(foundingRead)))
+		list = append(list, fmt.Sprintf("%s: one after the other, a write takes %s on average, %s the founding report's %s, and a read %s, %s its %s.",
+			upper(c.Name()), Short(w.Mean), times(foundingWrite, w.Mean), Short(foundingWrite), Short(rd.Mean), times(foundingRead, rd.Mean), Short(foundingRead)))
 	}
 	for _, c := range r.Clusters {
 		l, f := c.Failure(Leader), c.Failure(Follower)
@@ -361,6 +361,7 @@ func (r *Report) failureRows(role string) (rows []row) {
 		}
 		return number(failed) + " of " + number(len(f.Load.List))
 	})
+	add("the longest request", func(_ *Cluster, f *Failure) string { return Short(f.Load.Longest()) })
 	add("started again, caught up", func(_ *Cluster, f *Failure) string { return Short(f.CaughtUp) })
 	add("started again, every key home", sharded(func(f *Failure) time.Duration { return f.Home }))
 	return rows
