@@ -1,0 +1,321 @@
+package h2
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"slices"
+	"sync"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+)
+
+// pass is the way to the other server for the calls of one connection that are not served here. Towards that server it
+// is a client with the connection's stream numbers. The windows of the streams are between the two ends; those of the
+// two connections each have their own.
+type pass struct {
+	conn    *conn
+	net     net.Conn
+	framer  *http2.Framer
+	running sync.WaitGroup
+
+	encoder *hpack.Encoder // of the connection's reading goroutine
+	block   bytes.Buffer
+
+	mu      sync.Mutex
+	changed sync.Cond
+	queue   []segment
+	queued  int   // bytes of the queue that are not data
+	window  int64 // what the other server takes
+	isOver  bool
+}
+
+// segment is some frames, or one of data.
+type segment struct {
+	frames []byte
+	data   int // bytes of the window that it takes
+}
+
+// maxPassBytes besides data may wait to be written. The reading goroutine does not wait for the other server: that may
+// wait for what the client has sent. What data waits is bounded by the connection's window.
+const maxPassBytes = 1 << 20
+
+// startPass connects. It is called once.
+func (c *conn) startPass() error {
+	nc, err := c.server.cfg.Dial()
+	if err != nil {
+		return err
+	}
+	p := &pass{conn: c, net: nc, window: defaultWindow, framer: http2.NewFramer(io.Discard, nc)}
+	p.changed.L = &p.mu
+	p.framer.SetReuseFrames()
+	p.encoder = hpack.NewEncoder(&p.block)
+	c.mu.Lock()
+	var settings []http2.Setting
+	for id, value := range c.settings {
+		if id != 0 && id != int(http2.SettingEnablePush) {
+			settings = append(settings, http2.Setting{ID: http2.SettingID(id), Val: value})
+		}
+	}
+	c.pass = p
+	c.mu.Unlock()
+	p.queue = []segment{{frames: appendSettings([]byte(http2.ClientPreface), settings...)}}
+	p.running.Go(p.write)
+	p.running.Go(p.read)
+	return nil
+}
+
+// close ends the way; the connection has ended.
+func (p *pass) close() {
+	p.mu.Lock()
+	p.isOver = true
+	p.changed.Broadcast()
+	p.mu.Unlock()
+	_ = p.net.Close()
+	p.running.Wait()
+}
+
+// send queues frames for the other server.
+func (p *pass) send(appendTo func([]byte) []byte) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.isOver {
+		return errEnd
+	}
+	if len(p.queue) == 0 || p.queue[len(p.queue)-1].data > 0 {
+		p.queue = append(p.queue, segment{})
+	}
+	last := &p.queue[len(p.queue)-1]
+	p.queued -= len(last.frames)
+	last.frames = appendTo(last.frames)
+	if p.queued += len(last.frames); p.queued > maxPassBytes {
+		return http2.ConnectionError(http2.ErrCodeEnhanceYourCalm)
+	}
+	p.changed.Broadcast()
+	return nil
+}
+
+// data queues a part of a request, without its padding. The client may send as much again when it has been written.
+func (p *pass) data(f *http2.DataFrame) error {
+	data := f.Data()
+	var flags http2.Flags
+	if f.StreamEnded() {
+		flags = http2.FlagDataEndStream
+	}
+	frame := appendFrameHeader(make([]byte, 0, frameHeaderBytes+len(data)), len(data), http2.FrameData, flags, f.StreamID)
+	if len(data) == 0 {
+		p.conn.credit(int(f.Length))
+		return p.send(func(b []byte) []byte { return append(b, frame...) })
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.isOver {
+		return errEnd
+	}
+	p.queue = append(p.queue, segment{frames: append(frame, data...), data: len(data)})
+	p.changed.Broadcast()
+	if padding := int(f.Length) - len(data); padding > 0 {
+		p.conn.credit(padding)
+	}
+	return nil
+}
+
+// write is a goroutine.
+func (p *pass) write() {
+	for {
+		b, data := p.take()
+		if b == nil {
+			return
+		}
+		if _, err := p.net.Write(b); err != nil {
+			p.fail(err)
+			return
+		}
+		if data > 0 {
+			p.conn.credit(data)
+		}
+	}
+}
+
+// take waits for the next frames to write; nil when there will be none. data is how many bytes of them are of requests.
+func (p *pass) take() (b []byte, data int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for len(p.queue) == 0 || int64(p.queue[0].data) > p.window {
+		if p.isOver {
+			return nil, 0
+		}
+		p.changed.Wait()
+	}
+	if p.isOver {
+		return nil, 0
+	}
+	n := 0
+	for ; n < len(p.queue) && len(b) < keptOutBytes && int64(p.queue[n].data) <= p.window; n++ {
+		s := p.queue[n]
+		p.window -= int64(s.data)
+		data += s.data
+		if s.data == 0 {
+			p.queued -= len(s.frames)
+		}
+		if b == nil {
+			b = s.frames
+		} else {
+			b = append(b, s.frames...)
+		}
+	}
+	p.queue = slices.Delete(p.queue, 0, n)
+	return b, data
+}
+
+// fail ends the connection: the other server has.
+func (p *pass) fail(err error) {
+	p.mu.Lock()
+	p.isOver = true
+	p.changed.Broadcast()
+	p.mu.Unlock()
+	p.conn.end(err)
+}
+
+// headers sends a request's headers, or trailers.
+func (p *pass) headers(id uint32, end bool, fields []hpack.HeaderField) error {
+	p.block.Reset()
+	for _, f := range fields {
+		if err := p.encoder.WriteField(f); err != nil {
+			return err
+		}
+	}
+	return p.send(func(b []byte) []byte { return appendHeaders(b, id, end, p.block.Bytes(), minFrameSize) })
+}
+
+// read passes on what the other server says.
+func (p *pass) read() {
+	for err := error(nil); err == nil; {
+		var f http2.Frame
+		if f, err = p.framer.ReadFrame(); err == nil {
+			err = p.frame(f)
+		}
+		if err != nil {
+			p.fail(err)
+			return
+		}
+	}
+}
+
+var errOther = errors.New("h2: the other server has ended the connection")
+
+func (p *pass) frame(f http2.Frame) error {
+	c := p.conn
+	switch f := f.(type) {
+	case *http2.DataFrame:
+		if err := c.passData(f); err != nil {
+			return err
+		}
+		if n := uint32(len(f.Data())); n > 0 {
+			return p.send(func(b []byte) []byte { return appendWindowUpdate(b, 0, n) })
+		}
+	case *http2.HeadersFrame:
+		block, isLast := f.HeaderBlockFragment(), f.HeadersEnded()
+		id, end := f.StreamID, f.StreamEnded()
+		for block = bytes.Clone(block); !isLast; {
+			next, err := p.framer.ReadFrame()
+			if err != nil {
+				return err
+			}
+			more, ok := next.(*http2.ContinuationFrame)
+			if !ok {
+				return errOther
+			}
+			block, isLast = append(block, more.HeaderBlockFragment()...), more.HeadersEnded()
+		}
+		c.passOn(id, end, func(b []byte) []byte { return appendHeaders(b, id, end, block, minFrameSize) })
+	case *http2.RSTStreamFrame:
+		c.passOn(f.StreamID, true, func(b []byte) []byte { return appendReset(b, f.StreamID, f.ErrCode) })
+	case *http2.WindowUpdateFrame:
+		if f.StreamID != 0 {
+			c.passOn(f.StreamID, false, func(b []byte) []byte { return appendWindowUpdate(b, f.StreamID, f.Increment) })
+			return nil
+		}
+		p.mu.Lock()
+		p.window += int64(f.Increment)
+		p.changed.Broadcast()
+		p.mu.Unlock()
+	case *http2.SettingsFrame:
+		if !f.IsAck() {
+			return p.send(appendSettingsAck)
+		}
+		c.passAck()
+	case *http2.PingFrame:
+		if !f.IsAck() {
+			return p.send(func(b []byte) []byte { return appendPing(b, true, f.Data) })
+		}
+	case *http2.GoAwayFrame:
+		return errOther
+	}
+	return nil
+}
+
+// passAck tells the client that its settings have arrived everywhere. The first ones were acknowledged before.
+func (c *conn) passAck() {
+	c.mu.Lock()
+	if c.isAcked {
+		c.out = appendSettingsAck(c.out)
+	}
+	c.isAcked = true
+	c.flush()
+}
+
+// passOn writes a frame of a call that is served elsewhere. The block of a header always goes out, because the client's
+// table needs it.
+func (c *conn) passOn(id uint32, end bool, appendTo func([]byte) []byte) {
+	c.mu.Lock()
+	for len(c.out) >= maxOutBytes && c.err == nil {
+		if !c.isFlushing {
+			c.flush()
+			c.mu.Lock()
+			continue
+		}
+		c.changed.Wait()
+	}
+	c.out = appendTo(c.out)
+	c.pingable = true
+	if call := c.calls[id]; end && call != nil {
+		c.over(call)
+	}
+	c.flush()
+}
+
+// passData is passOn for data: it takes of the connection's window.
+func (c *conn) passData(f *http2.DataFrame) error {
+	data := f.Data()
+	for first := true; first || len(data) > 0; first = false {
+		c.mu.Lock()
+		for c.err == nil && (len(c.out) >= maxOutBytes || len(data) > 0 && c.sendWindow <= 0) {
+			if len(c.out) > 0 && !c.isFlushing {
+				c.flush()
+				c.mu.Lock()
+				continue
+			}
+			c.changed.Wait()
+		}
+		n := int(min(int64(len(data)), int64(c.maxFrame), max(c.sendWindow, 0)))
+		call := c.calls[f.StreamID]
+		if c.err != nil || call == nil { // reset: the client does not count it
+			c.mu.Unlock()
+			return nil
+		}
+		var flags http2.Flags
+		if n == len(data) && f.StreamEnded() {
+			flags = http2.FlagDataEndStream
+			c.over(call)
+		}
+		c.out = append(appendFrameHeader(c.out, n, http2.FrameData, flags, f.StreamID), data[:n]...)
+		c.sendWindow -= int64(n)
+		c.pingable = true
+		data = data[n:]
+		c.flush()
+	}
+	return nil
+}
