@@ -252,3 +252,46 @@ func readAll(s *Store) error {
 	}
 	return nil
 }
+
+// Whoever is refused because the log closes has not written, and everybody else has.
+func TestCloseBesideWrites(t *testing.T) {
+	w := newTrial(seeded(3), 8, Options{SegmentBytes: hostileSegmentBytes})
+	if err := w.open(); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range w.replicas {
+		if err := w.create(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var enough, group sync.WaitGroup
+	enough.Add(len(w.replicas))
+	for _, r := range w.replicas {
+		group.Go(func() {
+			for n := 0; ; n++ {
+				if n == 20 {
+					enough.Done()
+				}
+				entry := makeEntry(r.durable.last()+1, 1, uint64(n), 200)
+				err := r.store.StoreLog(entry)
+				if errors.Is(err, ErrClosed) {
+					return
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				r.durable = r.durable.with(append(r.durable.entries, entry))
+			}
+		})
+	}
+	enough.Wait()
+	if err := w.log.Close(); err != nil {
+		t.Error(err)
+	}
+	group.Wait()
+	log, _, err := inspect(w.fs.Crash(1), w.options, w.allowed())
+	if err := errors.Join(err, closeLog(log)); err != nil {
+		t.Error(err)
+	}
+}

@@ -76,7 +76,7 @@ const (
 	sampleGoOn   = 7
 )
 
-func (c *crasher) sampled(oneIn int) bool { return *deepFlag > 1 || c.seen%oneIn == 0 }
+func (c *crasher) sampled(oneIn int) bool { return c.seen%max(1, oneIn / *deepFlag) == 0 }
 
 // judge opens what a crash has left, now and then crashes while it is opened, and goes on with it.
 func (c *crasher) judge(image *vfs.Memory, allowed map[ID][]*state) error {
