@@ -4,6 +4,7 @@ import (
 	"github.com/tidwall/btree"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -39,6 +40,15 @@ func checkPut(r *pb.PutRequest) error {
 // on every replica and again after each restart. Operations are not counted,
 // the nodes may disagree on limits.
 func checkForwarded(data []byte) error {
+	if put, n := protowire.ConsumeBytes(data[min(1, len(data)):]); len(data) > 0 && data[0] == putTag && n == len(data)-1 {
+		var r pb.PutRequest
+		if decodePut(put, &r) {
+			if checkPut(&r) != nil {
+				return errMalformed
+			}
+			return nil
+		}
+	}
 	var r pb.InternalRaftRequest
 	if err := proto.Unmarshal(data, &r); err != nil {
 		return errMalformed

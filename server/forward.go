@@ -9,6 +9,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/protobuf/proto"
 
 	"kvd/fsm"
@@ -155,6 +156,13 @@ func (r *router) proposeThere(ctx context.Context, node string, w *write) (fsm.R
 		return fsm.Result{}, c.err()
 	}
 	response := w.answer()
+	if put, ok := response.(*pb.PutResponse); ok {
+		put.Header = &pb.ResponseHeader{}
+		if decodeHeaderOnly(body, put.Header) {
+			return fsm.Result{Response: put}, nil
+		}
+		response = w.answer()
+	}
 	if err := proto.Unmarshal(body, response); err != nil {
 		return fsm.Result{}, fmt.Errorf("%w: %w", shard.ErrUnknownOutcome, err)
 	}
@@ -240,6 +248,9 @@ func (r *router) handlePropose(ctx context.Context, _ string, payload []byte) ([
 		return r.decline(group, replica, err), nil
 	case result.Err != nil:
 		return answer(codeRefused, encodeRefusal(result.Err)...), nil
+	}
+	if put, ok := result.Response.(*pb.PutResponse); ok && put.PrevKv == nil { // made by the state machine
+		return appendPutResponse(append(make([]byte, 0, 32), protocolVersion, byte(codeOK)), put), nil
 	}
 	reply := make([]byte, answerHeader, answerHeader+proto.Size(result.Response))
 	reply[0], reply[1] = protocolVersion, byte(codeOK)

@@ -2,7 +2,6 @@ package server
 
 import (
 	"context"
-	"crypto/tls"
 	"math"
 	"runtime/debug"
 	"unicode/utf8"
@@ -11,7 +10,6 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
@@ -20,7 +18,7 @@ import (
 
 // newGRPC makes a gRPC server with all services. Limits and keepalive are
 // etcd's, except that the requests of one connection are bounded.
-func (s *Server) newGRPC(conf *tls.Config) *grpc.Server {
+func (s *Server) newGRPC() *grpc.Server {
 	options := []grpc.ServerOption{
 		grpc.MaxRecvMsgSize(s.cfg.MaxRequestBytes + overheadBytes),
 		grpc.MaxSendMsgSize(math.MaxInt32),
@@ -30,11 +28,9 @@ func (s *Server) newGRPC(conf *tls.Config) *grpc.Server {
 		grpc.ForceServerCodecV2(newCodec(&s.router.answers)),
 		grpc.ConnectionTimeout(connectTimeout),
 		grpc.InTapHandle(s.receipts.begin),
-		grpc.ChainUnaryInterceptor(s.metrics.grpc.UnaryServerInterceptor(), s.interceptUnary),
-		grpc.ChainStreamInterceptor(s.metrics.grpc.StreamServerInterceptor(), s.interceptStream),
-	}
-	if conf != nil {
-		options = append(options, grpc.Creds(credentials.NewTLS(conf)))
+		grpc.ChainUnaryInterceptor(s.metrics.calls.unary, s.interceptUnary),
+		grpc.ChainStreamInterceptor(s.metrics.calls.stream, s.interceptStream),
+		grpc.StaticStreamWindowSize(innerWindow),
 	}
 	server := grpc.NewServer(options...)
 	pb.RegisterKVServer(server, s.kv)
@@ -87,10 +83,20 @@ func (s *Server) recovered(method string, p any) error {
 // admit checks what clients say of themselves. One that asked for a leader
 // (clientv3.WithRequireLeader) does not want to wait for an election.
 func (s *Server) admit(ctx context.Context) error {
-	if v := metadata.ValueFromIncomingContext(ctx, rpctypes.MetadataClientAPIVersionKey); len(v) > 0 && !utf8.ValidString(v[0]) {
+	first := func(name string) string {
+		if v := metadata.ValueFromIncomingContext(ctx, name); len(v) > 0 {
+			return v[0]
+		}
+		return ""
+	}
+	return s.admitAs(first(rpctypes.MetadataClientAPIVersionKey), first(rpctypes.MetadataRequireLeaderKey))
+}
+
+func (s *Server) admitAs(version, leader string) error {
+	if !utf8.ValidString(version) {
 		return rpctypes.ErrGRPCInvalidClientAPIVersion
 	}
-	if v := metadata.ValueFromIncomingContext(ctx, rpctypes.MetadataRequireLeaderKey); len(v) == 0 || v[0] != rpctypes.MetadataHasLeader {
+	if leader != rpctypes.MetadataHasLeader {
 		return nil
 	}
 	if replica := s.cfg.Replica(userGroup); replica == nil || replica.Leader().Node == "" {

@@ -183,6 +183,11 @@ func checkRangeStream(r *pb.RangeRequest) error {
 
 // Put writes one key.
 func (s *kv) Put(ctx context.Context, r *pb.PutRequest) (*pb.PutResponse, error) {
+	return s.put(ctx, r, func() ([]byte, error) { return proto.Marshal(&pb.InternalRaftRequest{Put: r}) })
+}
+
+// put is Put with the encoding of what goes to the log.
+func (s *kv) put(ctx context.Context, r *pb.PutRequest, encode func() ([]byte, error)) (*pb.PutResponse, error) {
 	if err := checkPut(r); err != nil {
 		return nil, err
 	}
@@ -190,7 +195,11 @@ func (s *kv) Put(ctx context.Context, r *pb.PutRequest) (*pb.PutResponse, error)
 	if err != nil {
 		return nil, err
 	}
-	resp, err := propose[pb.PutResponse](ctx, s.router, group, &pb.InternalRaftRequest{Put: r}, true)
+	data, err := encode()
+	if err != nil {
+		return nil, status.Error(codes.Internal, err.Error())
+	}
+	resp, err := proposeData[pb.PutResponse](ctx, s.router, group, data, true)
 	if err != nil {
 		return nil, err
 	}
@@ -320,6 +329,11 @@ func propose[T any, P message[T]](ctx context.Context, r *router, group uint64, 
 	if err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}
+	return proposeData[T, P](ctx, r, group, data, grows)
+}
+
+// proposeData is propose for a request that is marshalled already.
+func proposeData[T any, P message[T]](ctx context.Context, r *router, group uint64, data []byte, grows bool) (P, error) {
 	resp, err := r.propose(ctx, &write{
 		group:   group,
 		request: fsm.Request{Space: fsm.User, Data: data},

@@ -3,7 +3,6 @@ package server
 import (
 	"fmt"
 
-	grpcprom "github.com/grpc-ecosystem/go-grpc-middleware/providers/prometheus"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -11,7 +10,7 @@ type metrics struct {
 	registerer prometheus.Registerer
 	collectors []prometheus.Collector
 
-	grpc                                      *grpcprom.ServerMetrics
+	calls                                     *callMetrics
 	forwardedWrites, forwardedReads, cuts     prometheus.Counter
 	readRounds, retries                       prometheus.Counter
 	serializable, shed, unknown, panics, slow prometheus.Counter
@@ -38,9 +37,8 @@ func newMetrics(registerer prometheus.Registerer) (*metrics, error) {
 	m.snapshotBytes = counter("snapshot_sent_bytes_total", "Bytes of backups sent to clients.")
 	m.httpHealthy = counter("health_success_total", "Checks at /health that succeeded.")
 	m.httpFailed = counter("health_failures_total", "Checks at /health that failed.")
-	m.grpc = grpcprom.NewServerMetrics(grpcprom.WithServerHandlingTimeHistogram(
-		grpcprom.WithHistogramBuckets(prometheus.ExponentialBuckets(0.0005, 2, 15))))
-	m.collectors = append(m.collectors, m.grpc)
+	m.calls = newCallMetrics()
+	m.collectors = append(m.collectors, m.calls.collectors()...)
 	return m, m.register()
 }
 

@@ -34,7 +34,7 @@ func TestUnfinishedRequestsEnd(t *testing.T) {
 	}
 	conn := n.dial(t)
 	var streams []grpc.ClientStream
-	for _, method := range []string{"/etcdserverpb.KV/Put", "/etcdserverpb.KV/RangeStream"} {
+	for _, method := range []string{"/etcdserverpb.KV/Compact", "/etcdserverpb.KV/RangeStream"} {
 		s, err := conn.NewStream(t.Context(), &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, method)
 		if err != nil {
 			t.Fatal(err)

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"kvd/fsm"
+	"kvd/server/h2"
 	"kvd/shard"
 )
 
@@ -274,6 +275,9 @@ func (r *router) readStatus(ctx context.Context, err error) error {
 
 // withDeadline gives a request without a deadline the default one.
 func (r *router) withDeadline(ctx context.Context) (context.Context, context.CancelFunc) {
+	if call, ok := ctx.(*h2.Call); ok && call.Limit(r.cfg.RequestTimeout) { // without a timer and a context of its own
+		return ctx, call.Unlimit
+	}
 	if _, ok := ctx.Deadline(); ok {
 		return ctx, func() {}
 	}

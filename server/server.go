@@ -22,10 +22,12 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"kvd/fsm"
+	"kvd/server/h2"
 	"kvd/shard"
 )
 
@@ -214,8 +216,10 @@ type Server struct {
 	metrics     *metrics
 	receipts    *receipts
 
-	grpc    *grpc.Server // clients over the network
-	gateway *gateway     // the JSON gateway's own way in
+	front   *h2.Server   // clients over the network
+	grpc    *grpc.Server // their calls that quick does not serve
+	inner   *bufconn.Listener
+	gateway *gateway // the JSON gateway's own way in
 	health  *health.Server
 	http    *http.Server
 
@@ -244,12 +248,14 @@ func New(cfg Config) (*Server, error) {
 	s.maintenance = newMaintenance(s.router)
 	s.members = newMembers(s.router)
 	s.health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
-	s.grpc = s.newGRPC(cfg.TLS)
-	s.metrics.grpc.InitializeMetrics(s.grpc)
-	if s.gateway, err = newGateway(s.newGRPC(nil), s.cfg.MaxRequestBytes); err != nil {
+	s.grpc = s.newGRPC()
+	s.metrics.calls.add(s.grpc)
+	if s.gateway, err = newGateway(s.newGRPC(), s.cfg.MaxRequestBytes); err != nil {
 		s.metrics.unregister()
 		return nil, err
 	}
+	s.front = s.newQuick()
+	s.serving.Go(func() { _ = s.grpc.Serve(s.inner) })
 	s.http = s.newHTTP()
 	return s, nil
 }
@@ -273,8 +279,11 @@ func (s *Server) StartGRPC(l net.Listener) {
 	l = netutil.LimitListener(l, s.cfg.MaxConnections)
 	s.health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)
 	s.ready.Store(true)
+	if s.cfg.TLS != nil {
+		l = tls.NewListener(l, onlyHTTP2(s.cfg.TLS))
+	}
 	s.serving.Go(func() {
-		if err := s.grpc.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		if err := s.front.Serve(l); err != nil && !errors.Is(err, h2.ErrClosed) {
 			s.cfg.Logger.Error("client listener failed", "address", l.Addr().String(), "error", err)
 		}
 	})
@@ -318,7 +327,10 @@ func (s *Server) Close() error {
 		ctx, cancel := context.WithTimeout(context.Background(), s.cfg.DrainTimeout)
 		defer cancel()
 		var stopping sync.WaitGroup
-		stopping.Go(func() { stopGRPC(ctx, s.grpc) })
+		stopping.Go(func() {
+			s.front.Close(ctx)
+			stopGRPC(ctx, s.grpc)
+		})
 		stopping.Go(func() {
 			if s.http.Shutdown(ctx) != nil {
 				_ = s.http.Close()
