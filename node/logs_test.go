@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -14,6 +15,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
 	"kvd/placement"
+	"kvd/shard"
 	"kvd/shard/wal/vfs"
 )
 
@@ -124,4 +126,45 @@ func damage(t *testing.T, disk *vfs.Memory, dir, text string) {
 		}
 	}
 	t.Fatalf("%q is nowhere", text)
+}
+
+// A replica of a shard whose log is gone has forgotten what it acknowledged: it
+// is never opened again, and another one takes its place.
+func TestAReplicaWithoutItsLogIsReplaced(t *testing.T) {
+	inTown(t, 3, func(w *town) {
+		w.shards, w.copies, w.raftLog = 1, 3, RaftLogShared
+		all := []string{"n1", "n2", "n3"}
+		w.start(all...)
+		w.awaitReady(all...)
+		kvPut(t, w.nodes["n1"], "k", "v")
+		var was placement.ReplicaRef
+		for was = range w.nodes["n3"].groups.Replicas() {
+		}
+		w.stop("n3")
+		logs, err := openLogs(RaftLogShared, logConfig{dataDir: filepath.Join(w.dir, "n3")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(logs.remove(was), logs.close()); err != nil {
+			t.Fatal(err)
+		}
+		w.start("n3")
+		w.awaitReady("n3")
+		usable := func() *shard.Replica { return (*w.nodes["n3"].groups.usable.Load())[was.Group] }
+		for range 600 {
+			if r := usable(); r != nil && len(w.nodes["n3"].logs.replicas()) == 2 {
+				break
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		if r := usable(); r == nil || r.Status().Replica == was.ID {
+			t.Errorf("no other replica has taken the place of %s", was.ID)
+		}
+		if dirs, err := os.ReadDir(filepath.Dir(replicaDir(w.nodes["n3"].cfg.DataDir, was))); err != nil || len(dirs) != 1 {
+			t.Errorf("of the group's replicas there are %v, %v", dirs, err)
+		}
+		if got := kvGet(t, w.nodes["n3"], "k"); got != "v" {
+			t.Errorf("k = %q", got)
+		}
+	})
 }
