@@ -131,7 +131,7 @@ func (g *Group) Stand(still func() bool) {
 }
 
 // handled answers what does not go to raft. The answer takes its place among raft's.
-func (g *Group) handled(in inbound) bool {
+func (g *Group) handled(in *inbound) bool {
 	req, ok := in.rpc.Command.(*raft.RequestPreVoteRequest)
 	judge := g.judge.Load()
 	if !ok || judge == nil {

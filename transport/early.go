@@ -47,8 +47,8 @@ func (p *pipeline) sendEarly(term, commit uint64, entries []*raft.Log) {
 	}
 	self := []byte(p.g.key.replica)
 	args := &raft.AppendEntriesRequest{
-		RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: self, Addr: self},
-		Term:      term, Leader: self,
+		RPCHeader:    raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: self, Addr: self},
+		Term:         term,
 		PrevLogEntry: p.tail.index, PrevLogTerm: p.tail.logTerm,
 		Entries: entries, LeaderCommitIndex: commit,
 	}

@@ -48,7 +48,6 @@ type Group struct {
 	cancel    context.CancelFunc
 	tasks     sync.WaitGroup
 	consumer  chan raft.RPC
-	answers   chan inbound // handed to raft, in order
 	acked     chan struct{}
 	deaths    chan struct{}
 	judge     atomic.Pointer[func(*raft.RequestPreVoteRequest) *raft.RequestPreVoteResponse]
@@ -56,6 +55,7 @@ type Group struct {
 
 	mu         sync.Mutex
 	inbox      []inbound
+	next       int // of the inbox
 	inboxBytes int
 	wake       chan struct{} // capacity 1: the inbox is not empty
 
@@ -93,7 +93,7 @@ func (t *Transport) Group(id uint64, local raft.ServerAddress, install InstallFu
 		return nil, errors.New("transport: a Group needs an InstallFunc")
 	}
 	g := &Group{t: t, key: replicaKey{id, string(local)}, install: install,
-		consumer: make(chan raft.RPC), answers: make(chan inbound, maxAnswers), acked: make(chan struct{}, 1), deaths: make(chan struct{}, 1),
+		consumer: make(chan raft.RPC), acked: make(chan struct{}, 1), deaths: make(chan struct{}, 1),
 		wake: make(chan struct{}, 1), peers: map[raft.ServerID]progress{}}
 	g.ctx, g.cancel = context.WithCancel(t.ctx)
 	t.mu.Lock()
@@ -108,7 +108,6 @@ func (t *Transport) Group(id uint64, local raft.ServerAddress, install InstallFu
 	}
 	t.groups[g.key] = g
 	g.tasks.Go(g.feed)
-	g.tasks.Go(g.answer)
 	return g, nil
 }
 
@@ -390,11 +389,18 @@ func (g *Group) push(in inbound) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	full := g.inboxBytes >= g.t.cfg.InboxBytes && in.size > smallMessage
-	if full || len(g.inbox) >= maxInbox {
+	if full || len(g.inbox)-g.next >= maxInbox {
 		return false
 	}
-	g.inbox = append(g.inbox, in)
 	g.inboxBytes += in.size
+	if g.next > 0 && len(g.inbox) == cap(g.inbox) {
+		n := copy(g.inbox, g.inbox[g.next:])
+		clear(g.inbox[n:])
+		g.inbox, g.next = g.inbox[:n], 0
+	}
+	if g.inbox = append(g.inbox, in); len(g.inbox)-g.next > 1 {
+		return true // feed knows
+	}
 	select {
 	case g.wake <- struct{}{}:
 	default:
@@ -402,83 +408,83 @@ func (g *Group) push(in inbound) bool {
 	return true
 }
 
-// feed hands the inbox to raft, in order.
+// feed hands the inbox to raft, in order, and sends its answers back, in order.
 func (g *Group) feed() {
+	var open []inbound // handed over and not answered
 	for {
-		in, ok := g.head()
-		if !ok {
-			select {
-			case <-g.wake:
-				continue
-			case <-g.ctx.Done():
-				return
-			}
-		}
-		if time.Since(in.arrived) > in.timeout {
-			g.t.metrics.dropped.WithLabelValues("expired").Inc()
+		in, ok := g.head(len(open) == 0)
+		if ok && g.handled(&in) {
 			g.pop(in)
+			open = append(open, in)
 			continue
 		}
-		if in.still != nil && !in.still() {
-			g.pop(in)
-			continue
+		var take chan<- raft.RPC
+		if ok && len(open) < maxAnswers {
+			take = g.consumer
 		}
-		if !g.handled(in) {
-			select {
-			case g.consumer <- in.rpc:
-			case <-g.ctx.Done():
-				return
-			}
+		var answer <-chan raft.RPCResponse
+		if len(open) > 0 {
+			answer = open[0].result
 		}
-		g.pop(in)
 		select {
-		case g.answers <- in:
+		case take <- in.rpc:
+			g.pop(in)
+			open = append(open, in)
+		case r := <-answer:
+			open[0].reply(r)
+			open = slices.Delete(open, 0, 1)
+		case <-g.wake:
 		case <-g.ctx.Done():
 			return
 		}
 	}
 }
 
-func (g *Group) head() (inbound, bool) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if len(g.inbox) == 0 {
-		return inbound{}, false
+// reply sends the answer to where the message came from.
+func (in *inbound) reply(r raft.RPCResponse) {
+	if in.conn == nil {
+		return
 	}
-	return g.inbox[0], true
+	if err := in.conn.reply(kindRaftResponse, in.id, appendRaftAnswer(newFrame(), r)); err != nil {
+		in.conn.fail(err)
+	}
+}
+
+// head is the next message for raft. Those that nobody waits for any more are dropped, and one of this replica's
+// own, which may have become pointless, waits until raft is done with all before it.
+func (g *Group) head(idle bool) (inbound, bool) {
+	for {
+		g.mu.Lock()
+		if g.next == len(g.inbox) {
+			g.mu.Unlock()
+			return inbound{}, false
+		}
+		in := g.inbox[g.next]
+		g.mu.Unlock()
+		switch {
+		case time.Since(in.arrived) > in.timeout:
+			g.t.metrics.dropped.WithLabelValues("expired").Inc()
+		case in.still != nil && !idle:
+			return inbound{}, false
+		case in.still == nil || in.still():
+			return in, true
+		}
+		g.pop(in)
+	}
 }
 
 func (g *Group) pop(in inbound) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.inbox[0] = inbound{}
-	g.inbox = g.inbox[1:]
+	g.inbox[g.next] = inbound{}
+	g.next++
 	g.inboxBytes -= in.size
-	if len(g.inbox) == 0 {
-		g.inbox = nil
+	if g.next < len(g.inbox) {
+		return
 	}
-}
-
-// answer sends raft's answers back, in order.
-func (g *Group) answer() {
-	for {
-		var in inbound
-		select {
-		case in = <-g.answers:
-		case <-g.ctx.Done():
-			return
-		}
-		select {
-		case r := <-in.result:
-			if in.conn == nil {
-				continue
-			}
-			if err := in.conn.reply(kindRaftResponse, in.id, appendRaftAnswer(newFrame(), r)); err != nil {
-				in.conn.fail(err)
-			}
-		case <-g.ctx.Done():
-			return
-		}
+	g.inbox, g.next = g.inbox[:0], 0
+	if cap(g.inbox) > 4*maxAnswers {
+		g.inbox = nil
 	}
 }
 
