@@ -15,11 +15,11 @@ import (
 const (
 	// heartbeats is how many a leader sends in a HeartbeatTimeout. A follower
 	// that misses them asks the others before it stands, and they know better.
-	heartbeats = 4
+	heartbeats = 3
 	// patience is how much longer than a follower a leader is: raft sends a
 	// heartbeat by itself, at a random moment, when there was none for a tenth
 	// of the timeout, which must be longer than the time between two beats.
-	patience = 3
+	patience = 4
 )
 
 // untilBeat is how long it is to the next multiple of an interval: the same
