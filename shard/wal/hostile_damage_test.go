@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 
 	"kvd/shard/wal/vfs"
@@ -28,9 +29,13 @@ type specimen struct {
 func newSpecimen(o Options, script func(*trial) error, seed uint64, clean bool) (*specimen, error) {
 	w := newTrial(seeded(seed), 2, o)
 	s := &specimen{options: w.options}
+	var mu sync.Mutex
+	var tail string
 	w.fs.Inject(func(op vfs.Op) error {
+		mu.Lock()
+		defer mu.Unlock()
 		if op.Kind == vfs.OpWrite && strings.HasSuffix(op.Name, segmentSuffix) {
-			s.tail = op.Name
+			tail = op.Name
 		}
 		return nil
 	})
@@ -49,7 +54,12 @@ func newSpecimen(o Options, script func(*trial) error, seed uint64, clean bool) 
 	} else {
 		s.allowed[w.replicas[0].id] = append(s.allowed[w.replicas[0].id], before)
 	}
-	s.fs = w.fs.Kill()
+	mu.Lock()
+	s.fs, s.tail = w.fs.Kill(), tail
+	mu.Unlock()
+	if err := w.log.Close(); err != nil {
+		return nil, err
+	}
 	names, err := s.fs.List(trialDir)
 	if err != nil {
 		return nil, err

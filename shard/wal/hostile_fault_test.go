@@ -6,6 +6,8 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -99,47 +101,87 @@ func stride(kinds []vfs.Kind) int {
 	return 8
 }
 
+// faultRun makes the n-th operation of its plan fail.
+type faultRun struct {
+	plan faultPlan
+	n    int
+	w    *trial
+
+	mu       sync.Mutex
+	seen     int
+	happened bool
+	loud     bool   // somebody has to hear of it
+	op       vfs.Op // that failed
+}
+
+func (f *faultRun) inject(op vfs.Op) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.happened || !slices.Contains(f.plan.kinds, op.Kind) {
+		return nil
+	}
+	if f.seen++; f.seen <= f.n {
+		return nil
+	}
+	f.happened, f.op, f.loud = true, op, f.plan.loud && !strings.HasSuffix(op.Name, spareSuffix)
+	return f.plan.fault(op)
+}
+
+func (f *faultRun) so() (happened, loud bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.happened, f.loud
+}
+
 // runFault makes the n-th operation fail. It returns whether there were as many.
 func runFault(plan faultPlan, n int) (happened bool, err error) {
 	w := newTrial(seeded(uint64(n)), 2, Options{SegmentBytes: hostileSegmentBytes})
-	seen, loud := 0, false
-	w.fs.Inject(func(op vfs.Op) error {
-		if happened || !slices.Contains(plan.kinds, op.Kind) {
-			return nil
-		}
-		if seen++; seen <= n {
-			return nil
-		}
-		happened, loud = true, plan.loud && !strings.HasSuffix(op.Name, spareSuffix)
-		w.note("%+v fails", op)
-		return plan.fault(op)
-	})
-	err = w.open()
-	opened := w.log != nil
-	if err == nil {
+	f := &faultRun{plan: plan, n: n, w: w}
+	w.fs.Inject(f.inject)
+	if err = w.open(); err == nil {
 		err = shortScript(w)
 	}
-	told := err
-	switch {
-	case err != nil && (!happened || !errors.Is(err, plan.want)):
-		return happened, w.failure("not what the disk said", err)
-	case opened && happened && (loud || errors.Is(err, ErrFailed)):
-		if err := poisoned(w, plan.want); err != nil {
-			return happened, w.failure("after the fault", err)
-		}
-	}
-	// A fault may come only now, in Close.
-	late := !happened
-	if err := closeLog(w.log); err == nil && late && happened && loud {
-		return happened, w.failure("close", errors.New("it hides the fault"))
-	} else if err != nil && !happened {
-		return happened, w.failure("close", err)
+	if err = f.heard(err); err == nil {
+		err = f.close()
 	}
 	w.fs.Inject(nil)
-	if told == nil && loud && happened && !late && opened && w.log.Err() == nil {
-		return happened, w.failure("run", errors.New("nobody has heard of the fault"))
+	if err == nil {
+		err = afterFault(w, uint64(n))
 	}
-	return happened, afterFault(w, uint64(n))
+	if happened, _ = f.so(); err != nil {
+		err = fmt.Errorf("after %+v has failed: %w", f.op, err)
+	}
+	return happened, err
+}
+
+// heard judges what the script was told, and that nobody writes any more.
+func (f *faultRun) heard(told error) error {
+	happened, loud := f.so()
+	switch {
+	case told != nil && (!happened || !errors.Is(told, f.plan.want)):
+		return f.w.failure("not what the disk said", told)
+	case f.w.log == nil && told == nil:
+		return errors.New("there is no log")
+	case f.w.log != nil && (loud || errors.Is(told, ErrFailed)):
+		if err := poisoned(f.w, f.plan.want); err != nil {
+			return f.w.failure("after the fault", err)
+		}
+	}
+	return nil
+}
+
+// close closes the log. The fault may come only now.
+func (f *faultRun) close() error {
+	before, _ := f.so()
+	err := closeLog(f.w.log)
+	happened, loud := f.so()
+	if err != nil && !happened {
+		return f.w.failure("close", err)
+	}
+	if err == nil && loud && !before {
+		return f.w.failure("close", errors.New("it hides the fault"))
+	}
+	return nil
 }
 
 // afterFault opens what is there after a fault: with everything that could be read before, with what a failed
@@ -159,32 +201,28 @@ func afterFault(w *trial, seed uint64) error {
 
 // poisoned checks that nothing is written any more, by any replica.
 func poisoned(w *trial, cause error) error {
-	if w.log.Err() == nil {
-		return errors.New("the log goes on")
-	}
-	calls := map[string]func() error{
-		"Log.Err":    w.log.Err,
-		"Log.Create": func() error { return w.log.Create(ID{Group: 99, Replica: 99}) },
-	}
+	calls := []func() error{func() error { return w.log.Create(ID{Group: 99, Replica: 99}) }}
 	for _, r := range w.replicas {
 		if r.durable.life != alive || r.store == nil || r.flight != nil && r.flight.life == removed {
 			continue
 		}
 		next := makeEntry(r.durable.last()+1, 1<<40, 1, 10)
-		calls[r.id.String()+" Err"] = r.store.Err
-		calls[r.id.String()+" StoreLog"] = func() error { return r.store.StoreLog(next) }
-		calls[r.id.String()+" Set"] = func() error { return r.store.Set([]byte("other"), []byte("x")) }
-		calls[r.id.String()+" SetUint64"] = func() error { return r.store.SetUint64([]byte("CurrentTerm"), 1) }
-		calls[r.id.String()+" vote"] = func() error {
-			if err := r.store.SetUint64(voteTermKey, 1<<40); err != nil {
-				return err
-			}
-			return r.store.Set(voteCandidateKey, []byte("nobody"))
-		}
+		calls = append(calls,
+			func() error { return r.store.StoreLog(next) },
+			func() error { return r.store.Set([]byte("other"), []byte("x")) },
+			func() error { return r.store.SetUint64([]byte("CurrentTerm"), 1) },
+			func() error {
+				if err := r.store.SetUint64(voteTermKey, 1<<40); err != nil {
+					return err
+				}
+				return r.store.Set(voteCandidateKey, []byte("nobody"))
+			},
+			r.store.Err,
+		)
 	}
-	for name, call := range calls {
+	for i, call := range append(calls, w.log.Err) {
 		if err := call(); !errors.Is(err, ErrFailed) || !errors.Is(err, cause) {
-			return fmt.Errorf("%s: %w, want ErrFailed and its cause", name, err)
+			return fmt.Errorf("call %d: %w, want ErrFailed and its cause", i, err)
 		}
 	}
 	return nil
@@ -232,13 +270,13 @@ func testSpaceIsReclaimed(t *testing.T) {
 	if err := w.open(); err != nil {
 		t.Fatal(err)
 	}
-	written := int64(0)
+	var written atomic.Int64
 	w.fs.Inject(func(op vfs.Op) error {
 		switch op.Kind {
 		case vfs.OpSync:
 			time.Sleep(time.Millisecond)
 		case vfs.OpWrite:
-			written += op.Bytes
+			written.Add(op.Bytes)
 		}
 		return nil
 	})
@@ -260,8 +298,8 @@ func testSpaceIsReclaimed(t *testing.T) {
 	if err := errors.Join(w.check(), w.log.Close(), w.open(), w.check(), w.log.Close()); err != nil {
 		t.Error(w.failure("reopen", err))
 	}
-	if written < 8*segments*hostileSegmentBytes {
-		t.Errorf("only %d bytes written", written)
+	if written.Load() < 8*segments*hostileSegmentBytes {
+		t.Errorf("only %d bytes written", written.Load())
 	}
 }
 
