@@ -107,6 +107,12 @@ func (w *trial) note(format string, args ...any) {
 	}
 }
 
+func (w *trial) now() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.step
+}
+
 // do runs a call that makes next of r's durable state, or must be refused with refusal.
 func (w *trial) do(r *modelReplica, next *state, refusal error, call func() error) error {
 	w.mu.Lock()
@@ -210,7 +216,7 @@ func (w *trial) sizeBytes() int {
 }
 
 func (w *trial) entries(r *modelReplica, from uint64, count int) (entries []*raft.Log) {
-	term := r.durable.term + uint64(w.step)
+	term := r.durable.term + uint64(w.now())
 	for i := range uint64(count) {
 		r.nonce++
 		entries = append(entries, makeEntry(from+i, term, r.nonce<<16|r.id.Replica, w.sizeBytes()))

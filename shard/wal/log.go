@@ -177,7 +177,7 @@ func (l *Log) kick() {
 }
 
 // Close waits for the writes that run, leaves the mark of a clean close if none has failed, and closes the
-// files. Calling it again does nothing. Everything else fails with ErrClosed afterwards, also on the Stores.
+// files. It returns a failure that Err has not returned before. Calling it again does nothing. Everything else fails with ErrClosed afterwards, also on the Stores.
 func (l *Log) Close() error {
 	l.mu.Lock()
 	if l.closing {
@@ -186,6 +186,7 @@ func (l *Log) Close() error {
 		return nil
 	}
 	l.closing = true
+	before := l.failed
 	if !l.leading {
 		close(l.idle)
 	}
@@ -194,9 +195,12 @@ func (l *Log) Close() error {
 	close(l.done)
 	l.tasks.Wait()
 	defer close(l.closed)
-	var err error
-	if l.Err() == nil {
+	err := l.Err()
+	switch {
+	case err == nil:
 		err = l.markClosed()
+	case before != nil:
+		err = nil
 	}
 	return errors.Join(err, l.release())
 }
