@@ -24,7 +24,10 @@ import (
 //
 // Of several with equal logs each refuses those behind it in the configuration,
 // and stands no more once it has agreed to another, so that they do not share the
-// votes.
+// votes. Nor does a voter agree to a second one soon after the first: who stands
+// and loses would not hear of the winner before its own timeout (raft steps down
+// for a leader of the same term only if nobody handed over), and a leadership
+// that is then given to it would be nobody's until that fails, too.
 
 const (
 	// The others may come to the verdict a little later, so a follower asks again.
@@ -34,37 +37,40 @@ const (
 	// witnessTries is how often the data replicas may ask before a witness does:
 	// it is needed only if it has entries that none of them has.
 	witnessTries = 15
+	// agreementLasts is for how long a voter agrees to nobody else. By then the one
+	// that it has agreed to has its majority and stands, or will not soon.
+	agreementLasts = 10 * successionPause
 )
 
 // succession is what this replica has promised in a term whose leader is dead.
 type succession struct {
 	mu     sync.Mutex
 	term   uint64
-	stands bool // it stands itself, and decided so
-	at     time.Time
-	yields bool // it has agreed to another
+	stands bool          // it stands itself
+	to     raft.ServerID // it has agreed to this one instead
+	at     time.Time     // when it decided so
 }
 
 // stand reports whether this replica may stand, and remembers that it does.
 func (s *succession) stand(term uint64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.term == term && s.yields {
+	if s.term == term && s.to != "" {
 		return false
 	}
-	s.term, s.stands, s.at, s.yields = term, true, time.Now(), false
+	s.term, s.stands, s.to, s.at = term, true, "", time.Now()
 	return true
 }
 
 // yield reports whether this replica may agree to another, and remembers that
 // it does.
-func (s *succession) yield(term uint64) bool {
+func (s *succession) yield(term uint64, to raft.ServerID) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.term == term && s.stands {
+	if s.term == term && (s.stands || s.to != "" && s.to != to && time.Since(s.at) < agreementLasts) {
 		return false
 	}
-	s.term, s.stands, s.yields = term, false, true
+	s.term, s.stands, s.to, s.at = term, false, to, time.Now()
 	return true
 }
 
@@ -213,7 +219,7 @@ func (l *life) judgePreVote(req *raft.RequestPreVoteRequest) *raft.RequestPreVot
 	if order == 0 && own >= 0 && !l.r.Witness() && (own < rank || IsWitness(candidate)) {
 		order = -1 // this one stands itself
 	}
-	if order >= 0 && l.succession.yield(term) {
+	if order >= 0 && l.succession.yield(term, candidate) {
 		resp.Term, resp.Granted = req.Term, true
 	}
 	return resp

@@ -2,6 +2,7 @@ package shard
 
 import (
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -132,5 +133,31 @@ func TestASilentLeaderIsGivenItsTime(t *testing.T) {
 			}
 		}
 		c.network.HealAll()
+	})
+}
+
+// Two that stand share the votes, and the loser would not hear of the winner before its own timeout.
+func TestAVoterAgreesToOneSuccessorAtATime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var s succession
+		for _, step := range []struct {
+			after time.Duration
+			what  string
+			got   func() bool
+			want  bool
+		}{
+			{0, "the first", func() bool { return s.yield(7, "n1/1") }, true},
+			{0, "the first again", func() bool { return s.yield(7, "n1/1") }, true},
+			{agreementLasts - 1, "a second", func() bool { return s.yield(7, "n2/1") }, false},
+			{agreementLasts, "a second when the first has not made it", func() bool { return s.yield(7, "n2/1") }, true},
+			{0, "itself after that", func() bool { return s.stand(7) }, false},
+			{0, "another term", func() bool { return s.stand(8) }, true},
+			{0, "another one when it stands", func() bool { return s.yield(8, "n1/1") }, false},
+		} {
+			time.Sleep(step.after)
+			if got := step.got(); got != step.want {
+				t.Errorf("%s: %v", step.what, got)
+			}
+		}
 	})
 }
