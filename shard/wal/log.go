@@ -108,10 +108,7 @@ func (l *Log) Remove(id ID) error {
 	}
 	rep.turn <- struct{}{}
 	defer func() { <-rep.turn }()
-	rep.mu.RLock()
-	open := rep.cache != nil
-	rep.mu.RUnlock()
-	if open {
+	if !rep.leave() {
 		return fmt.Errorf("%w: %s", ErrInUse, id)
 	}
 	return l.submit(rep.ask(kindRemove))

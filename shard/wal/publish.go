@@ -22,10 +22,7 @@ func (l *Log) publishOne(r *request, at spot) error {
 		l.population.replicas[rep.id] = rep
 		return nil
 	case kindRemove:
-		l.mu.Lock()
-		delete(l.population.replicas, rep.id)
-		l.population.removed[rep.id] = true
-		l.mu.Unlock()
+		defer l.removed(rep.id) // its entries are gone by then, or whoever cleans would find them to be nobody's
 	}
 	if r.kind != kindEntry && r.kind != kindKey {
 		defer l.kick()
@@ -47,9 +44,16 @@ func (l *Log) publishOne(r *request, at spot) error {
 		rep.set(r.key, r.value)
 	case kindRemove:
 		rep.reset()
-		rep.keys, rep.gone = nil, true
+		rep.keys = nil
 	}
 	return nil
+}
+
+func (l *Log) removed(id ID) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.population.replicas, id)
+	l.population.removed[id] = true
 }
 
 func (r *replica) publish(entries []*raft.Log, at spot) error {

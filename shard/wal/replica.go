@@ -23,7 +23,7 @@ type replica struct {
 	index       index
 	keys        []keyValue // in order
 	cache       *cache     // of the open Store; nil = none is open
-	gone        bool       // removed
+	gone        bool       // removed, or about to be: nobody opens it any more
 }
 
 type keyValue struct {
@@ -35,6 +35,17 @@ func newReplica(id ID, s *segments) *replica {
 	r := &replica{id: id, segments: s, turn: make(chan struct{}, 1)}
 	r.request.wake = make(chan bool, 1)
 	return r
+}
+
+// leave reports whether r may be removed, because its Store is not open, and keeps it from being opened. If the
+// removal fails, nothing can be written any more.
+func (r *replica) leave() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.cache == nil {
+		r.gone = true
+	}
+	return r.gone
 }
 
 func (r *replica) bounds() (first, last uint64) {
