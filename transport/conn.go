@@ -56,6 +56,7 @@ type bulk struct {
 	kind  kind
 	id    uint64
 	group uint64 // raft group, 0 = none
+	after uint64 // messages up to this one leave laneSmall first: some may be the group's. 0 = none
 	seq   uint64
 }
 
@@ -252,7 +253,11 @@ func (c *conn) enqueue(m outgoing) (kept bool) {
 		last.buf, last.seq = append(last.buf, m.frame...), c.seq
 	case laneBulk:
 		c.queued += len(m.frame)
-		c.bulk = append(c.bulk, &bulk{m.frame, headerBytes, m.kind, m.id, m.group, c.seq})
+		b := &bulk{frame: m.frame, off: headerBytes, kind: m.kind, id: m.id, group: m.group, seq: c.seq}
+		if n := len(c.small); n > 0 && m.group != 0 {
+			b.after = c.small[n-1].seq
+		}
+		c.bulk = append(c.bulk, b)
 		if m.group != 0 {
 			c.ordered[m.group]++
 		}
@@ -278,7 +283,7 @@ func (c *conn) take(out []byte) []byte {
 	}
 	var b *bulk
 	var off int
-	if len(c.bulk) > 0 {
+	if len(c.bulk) > 0 && c.bulk[0].after <= c.written[laneSmall] {
 		b, off = c.bulk[0], c.bulk[0].off
 		b.off = min(off+fragmentBytes, len(b.frame))
 		c.queued -= b.off - off

@@ -428,6 +428,21 @@ func TestGroupKeepsItsOrder(t *testing.T) {
 	}
 }
 
+// A large message does not overtake small ones of its group that wait behind those of others.
+func TestGroupKeepsItsOrderBehindOthers(t *testing.T) {
+	c := idleConn(t)
+	for id := uint64(1); id <= 3; id++ {
+		c.put(t, laneSmall, id, 8, fragmentBytes-100)
+	}
+	c.put(t, laneSmall, 4, 7, 1000)
+	c.put(t, laneSmall, 5, 7, fragmentBytes+10)
+	c.put(t, laneSmall, 6, 8, fragmentBytes-100)
+	got := strings.Join(written(t, c), "\n")
+	if strings.Index(got, "4:3") > strings.Index(got, "5:1") {
+		t.Errorf("written:\n%s\nthe large message of the group goes before the small one", got)
+	}
+}
+
 func TestOneWriteTakesWhatIsQueued(t *testing.T) {
 	c := idleConn(t)
 	for id := range uint64(1000) {
