@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"path/filepath"
 	"slices"
@@ -119,16 +120,29 @@ type watchedLog struct {
 const timeToEnd = 5 * time.Second
 
 func (w *watchedLog) watch(err error) error {
-	if w.fatal != nil && (errors.Is(err, wal.ErrFailed) || errors.Is(err, wal.ErrCorrupt)) {
-		w.fatal(err)
-		time.Sleep(timeToEnd)
+	if errors.Is(err, wal.ErrFailed) || errors.Is(err, wal.ErrCorrupt) {
+		w.end(err)
 	}
 	return err
 }
 
-func (w *watchedLog) GetLog(index uint64, entry *raft.Log) error {
-	return w.watch(w.Store.GetLog(index, entry))
+func (w *watchedLog) end(err error) {
+	if w.fatal != nil {
+		w.fatal(err)
+		time.Sleep(timeToEnd)
+	}
 }
+
+// GetLog ends the node for whatever the disk says, too: raft would panic, or for
+// ever try to send that entry, as a leader whom the others follow.
+func (w *watchedLog) GetLog(index uint64, entry *raft.Log) error {
+	err := w.Store.GetLog(index, entry)
+	if err != nil && err != raft.ErrLogNotFound && !errors.Is(err, wal.ErrClosed) && !errors.Is(err, fs.ErrClosed) {
+		w.end(err)
+	}
+	return err
+}
+
 func (w *watchedLog) StoreLog(entry *raft.Log) error      { return w.watch(w.Store.StoreLog(entry)) }
 func (w *watchedLog) StoreLogs(entries []*raft.Log) error { return w.watch(w.Store.StoreLogs(entries)) }
 func (w *watchedLog) DeleteRange(first, last uint64) error {

@@ -98,6 +98,50 @@ func TestADamagedEntryEndsTheNode(t *testing.T) {
 	})
 }
 
+// So does one that the disk does not give back. Without that a leader would try
+// for ever to send it.
+func TestAnEntryThatCannotBeReadEndsTheNode(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		disk := new(vfs.Memory)
+		var fatal []error
+		logs, err := openLogs(RaftLogShared, logConfig{dataDir: "data", fs: disk, fatal: func(err error) { fatal = append(fatal, err) }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer logs.close()
+		r := placement.ReplicaRef{Group: 3, ID: "n1/4"}
+		if err := logs.create(r); err != nil {
+			t.Fatal(err)
+		}
+		log, err := logs.open(r, nil, -1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := log.StoreLog(&raft.Log{Index: 1, Term: 1, Data: []byte("data")}); err != nil {
+			t.Fatal(err)
+		}
+		disk.Inject(func(op vfs.Op) error {
+			if op.Kind == vfs.OpRead {
+				return syscall.EIO
+			}
+			return nil
+		})
+		var entry raft.Log
+		if err := log.GetLog(1, &entry); !errors.Is(err, syscall.EIO) {
+			t.Errorf("an entry that cannot be read: %v", err)
+		}
+		if len(fatal) != 1 || !errors.Is(fatal[0], syscall.EIO) || strings.Contains(fatal[0].Error(), "\n") {
+			t.Errorf("the node ends with %v", fatal)
+		}
+		if err := log.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := log.GetLog(1, &entry); err == nil || len(fatal) != 1 {
+			t.Errorf("when it is closed: %v, %v", err, fatal)
+		}
+	})
+}
+
 // damage changes a byte of where a text is in a directory's files.
 func damage(t *testing.T, disk *vfs.Memory, dir, text string) {
 	t.Helper()
