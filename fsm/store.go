@@ -131,6 +131,9 @@ func Open(config Config) (*Store, error) {
 	if err == nil {
 		err = s.load(f.db)
 	}
+	if err == nil {
+		err = unload(f.db) // the rebuilt index has read all of it
+	}
 	if err == nil && !config.NoSync {
 		err = syncDir(filepath.Dir(config.Path)) // the name of a new file
 	}
