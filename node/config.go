@@ -80,6 +80,8 @@ type Config struct {
 	// RaftLog is RaftLogShared or RaftLogBolt; empty: what the data directory
 	// has, DefaultRaftLog for a new one.
 	RaftLog string
+	// GRPCServer is GRPCServerKVD, the default, or GRPCServerGo.
+	GRPCServer string
 
 	Version     string
 	Logger      *slog.Logger
@@ -125,6 +127,7 @@ func (c *Config) setDefaults() {
 	setDefault(&c.AdvertisePeer, c.ListenPeer)
 	setDefault(&c.HeartbeatTimeout, time.Second)
 	setDefault(&c.ElectionTimeout, max(time.Second, c.HeartbeatTimeout))
+	setDefault(&c.GRPCServer, GRPCServerKVD)
 	setDefault(&c.MinDiskFree, 256<<20)
 	setDefault(&c.Version, "dev")
 	if c.Logger == nil {
@@ -140,6 +143,12 @@ func (c *Config) setDefaults() {
 
 const noListener = "none"
 
+// Who serves the calls that clients make most. All others are grpc-go's.
+const (
+	GRPCServerKVD = "kvd" // package server/h2
+	GRPCServerGo  = "grpc-go"
+)
+
 // Validate names the flag of the first setting that cannot work.
 func (c *Config) Validate() error {
 	if err := c.validatePlacement(); err != nil {
@@ -154,6 +163,8 @@ func (c *Config) Validate() error {
 	switch {
 	case c.RaftLog != "" && c.RaftLog != RaftLogShared && c.RaftLog != RaftLogBolt:
 		return fmt.Errorf("--raft-log: %q is neither %s nor %s", c.RaftLog, RaftLogShared, RaftLogBolt)
+	case c.GRPCServer != GRPCServerKVD && c.GRPCServer != GRPCServerGo:
+		return fmt.Errorf("--grpc-server: %q is neither %s nor %s", c.GRPCServer, GRPCServerKVD, GRPCServerGo)
 	case c.HeartbeatTimeout < 10*time.Millisecond:
 		return fmt.Errorf("--heartbeat-timeout: %v is below 10ms", c.HeartbeatTimeout)
 	case c.ElectionTimeout < c.HeartbeatTimeout:

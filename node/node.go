@@ -169,6 +169,7 @@ func (n *Node) connect(l *listeners) error {
 		TempDir:      n.cfg.DataDir,
 		NoSpace:      newDiskGuard(n.log, n.cfg.DataDir, n.freeBytes, n.cfg.MinDiskFree).full,
 		TLS:          clientTLS,
+		OnlyGRPCGo:   n.cfg.GRPCServer == GRPCServerGo,
 		Pprof:        n.cfg.Pprof, Version: n.cfg.Version,
 		Logger: n.log, Registerer: n.cfg.Registry, Gatherer: n.cfg.Registry,
 	})

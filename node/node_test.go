@@ -515,6 +515,7 @@ func TestValidateNamesTheFlag(t *testing.T) {
 		"--listen-http":       func(c *Config) { c.ListenHTTP = ":" + "x:y" },
 		"--advertise-client":  func(c *Config) { c.AdvertiseClient = "nowhere" },
 		"--advertise-peer":    func(c *Config) { c.AdvertisePeer = "none" },
+		"--grpc-server":       func(c *Config) { c.GRPCServer = "x" },
 		"--heartbeat-timeout": func(c *Config) { c.HeartbeatTimeout = time.Millisecond },
 		"--election-timeout":  func(c *Config) { c.HeartbeatTimeout, c.ElectionTimeout = time.Second, 500*time.Millisecond },
 		"--snapshot-bytes":    func(c *Config) { c.SnapshotBytes = -1 },

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -192,8 +193,12 @@ func testConfig(replica *fakeReplica, peers Peers) Config {
 		Peers:        peers,
 		NotDelivered: func(err error) bool { return errors.Is(err, errNeverSent) },
 		Logger:       slog.New(slog.DiscardHandler),
+		OnlyGRPCGo:   onlyGRPCGo,
 	}
 }
+
+// onlyGRPCGo runs all tests without package h2.
+var onlyGRPCGo = os.Getenv("KVD_GRPC_SERVER") == "grpc-go"
 
 func newTestServer(t *testing.T, cfg Config) *Server {
 	t.Helper()

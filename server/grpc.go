@@ -18,8 +18,8 @@ import (
 
 // newGRPC makes a gRPC server with all services. Limits and keepalive are
 // etcd's, except that the requests of one connection are bounded.
-func (s *Server) newGRPC() *grpc.Server {
-	options := []grpc.ServerOption{
+func (s *Server) newGRPC(more ...grpc.ServerOption) *grpc.Server {
+	options := append([]grpc.ServerOption{
 		grpc.MaxRecvMsgSize(s.cfg.MaxRequestBytes + overheadBytes),
 		grpc.MaxSendMsgSize(math.MaxInt32),
 		grpc.MaxConcurrentStreams(s.cfg.MaxConcurrentStreams),
@@ -30,8 +30,7 @@ func (s *Server) newGRPC() *grpc.Server {
 		grpc.InTapHandle(s.receipts.begin),
 		grpc.ChainUnaryInterceptor(s.metrics.calls.unary, s.interceptUnary),
 		grpc.ChainStreamInterceptor(s.metrics.calls.stream, s.interceptStream),
-		grpc.StaticStreamWindowSize(innerWindow),
-	}
+	}, more...)
 	server := grpc.NewServer(options...)
 	pb.RegisterKVServer(server, s.kv)
 	pb.RegisterClusterServer(server, s.members)

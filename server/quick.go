@@ -8,7 +8,9 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
@@ -18,6 +20,17 @@ import (
 
 // The unary calls that clients make most are served by h2, all others of the same connections by grpc-go, which listens
 // in memory.
+
+// grpcOptions are those of the grpc-go server that has the listener, or is behind the one that has it.
+func (s *Server) grpcOptions() []grpc.ServerOption {
+	switch {
+	case !s.cfg.OnlyGRPCGo:
+		return []grpc.ServerOption{grpc.StaticStreamWindowSize(innerWindow)}
+	case s.cfg.TLS != nil:
+		return []grpc.ServerOption{grpc.Creds(credentials.NewTLS(s.cfg.TLS))}
+	}
+	return nil
+}
 
 func (s *Server) newQuick() *h2.Server {
 	s.inner = bufconn.Listen(innerBufferBytes)

@@ -99,8 +99,10 @@ type Config struct {
 	// a TempDir: New removes what a crash has left of backups there.
 	TempDir string
 
-	TLS   *tls.Config // for gRPC and HTTP; nil = plain text
-	Pprof bool        // serve /debug/pprof
+	TLS *tls.Config // for gRPC and HTTP; nil = plain text
+	// OnlyGRPCGo has grpc-go serve all calls of clients, and package h2 none.
+	OnlyGRPCGo bool
+	Pprof      bool // serve /debug/pprof
 	// Version of kvd, for /version. Clients are told the etcd version that the
 	// API is compatible with.
 	Version string
@@ -216,7 +218,7 @@ type Server struct {
 	metrics     *metrics
 	receipts    *receipts
 
-	front   *h2.Server   // clients over the network
+	front   *h2.Server   // clients over the network; nil if that is grpc-go's
 	grpc    *grpc.Server // their calls that quick does not serve
 	inner   *bufconn.Listener
 	gateway *gateway // the JSON gateway's own way in
@@ -248,14 +250,16 @@ func New(cfg Config) (*Server, error) {
 	s.maintenance = newMaintenance(s.router)
 	s.members = newMembers(s.router)
 	s.health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
-	s.grpc = s.newGRPC()
+	s.grpc = s.newGRPC(s.grpcOptions()...)
 	s.metrics.calls.add(s.grpc)
 	if s.gateway, err = newGateway(s.newGRPC(), s.cfg.MaxRequestBytes); err != nil {
 		s.metrics.unregister()
 		return nil, err
 	}
-	s.front = s.newQuick()
-	s.serving.Go(func() { _ = s.grpc.Serve(s.inner) })
+	if !s.cfg.OnlyGRPCGo {
+		s.front = s.newQuick()
+		s.serving.Go(func() { _ = s.grpc.Serve(s.inner) })
+	}
 	s.http = s.newHTTP()
 	return s, nil
 }
@@ -279,11 +283,15 @@ func (s *Server) StartGRPC(l net.Listener) {
 	l = netutil.LimitListener(l, s.cfg.MaxConnections)
 	s.health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)
 	s.ready.Store(true)
-	if s.cfg.TLS != nil {
-		l = tls.NewListener(l, onlyHTTP2(s.cfg.TLS))
+	serve := s.grpc.Serve
+	if s.front != nil {
+		serve = s.front.Serve
+		if s.cfg.TLS != nil {
+			l = tls.NewListener(l, onlyHTTP2(s.cfg.TLS))
+		}
 	}
 	s.serving.Go(func() {
-		if err := s.front.Serve(l); err != nil && !errors.Is(err, h2.ErrClosed) {
+		if err := serve(l); err != nil && !errors.Is(err, h2.ErrClosed) && !errors.Is(err, grpc.ErrServerStopped) {
 			s.cfg.Logger.Error("client listener failed", "address", l.Addr().String(), "error", err)
 		}
 	})
@@ -328,7 +336,9 @@ func (s *Server) Close() error {
 		defer cancel()
 		var stopping sync.WaitGroup
 		stopping.Go(func() {
-			s.front.Close(ctx)
+			if s.front != nil {
+				s.front.Close(ctx)
+			}
 			stopGRPC(ctx, s.grpc)
 		})
 		stopping.Go(func() {

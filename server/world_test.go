@@ -67,7 +67,8 @@ func newWorld(t testing.TB, nodes, shards, replicas int, edit func(*Config)) *wo
 	}
 	for _, name := range w.nodes {
 		cfg := Config{
-			Node: name, Replica: func(group uint64) Replica { return w.replica(name, group) },
+			OnlyGRPCGo: onlyGRPCGo,
+			Node:       name, Replica: func(group uint64) Replica { return w.replica(name, group) },
 			Groups: w, Revisions: w, Cluster: fakeCluster{}, Peers: worldPeers{w, name},
 			NotDelivered: func(err error) bool { return errors.Is(err, errNeverSent) },
 			Logger:       slog.New(slog.DiscardHandler), TempDir: t.TempDir(),

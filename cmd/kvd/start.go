@@ -40,7 +40,7 @@ type startOptions struct {
 	heartbeatTimeout, electionTimeout time.Duration
 	snapshotEntries, trailingEntries  uint64
 	snapshotBytes                     int64
-	raftLog                           string
+	raftLog, grpcServer               string
 
 	logLevel, logFormat string
 }
@@ -91,6 +91,7 @@ func (o *startOptions) AddFlags(f *pflag.FlagSet) {
 	f.Uint64Var(&o.snapshotEntries, "snapshot-entries", 0, "log entries after which the log is truncated (default 10000)")
 	f.Int64Var(&o.snapshotBytes, "snapshot-bytes", 0, "log bytes after which the log is truncated (default 256 MiB)")
 	o.addRaftLogFlag(f)
+	f.StringVar(&o.grpcServer, "grpc-server", node.GRPCServerKVD, "kvd = puts, gets, deletions and transactions are served by kvd's own gRPC server, which needs less CPU; grpc-go = nothing is")
 	f.Uint64Var(&o.trailingEntries, "trailing-entries", 0, "log entries kept for nodes that lag (default 5000)")
 }
 
@@ -133,7 +134,7 @@ loses nothing either.`,
 	o.AddFlags(cmd.Flags())
 	for flag, values := range map[string][]string{
 		"strategy": {node.StrategyFull, node.StrategyConsistent}, "witnesses": {placement.WitnessesAuto, placement.WitnessesNone},
-		"raft-log":  {node.RaftLogShared, node.RaftLogBolt},
+		"raft-log": {node.RaftLogShared, node.RaftLogBolt}, "grpc-server": {node.GRPCServerKVD, node.GRPCServerGo},
 		"log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
 	} {
 		if err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)); err != nil {
@@ -205,7 +206,7 @@ func (o *startOptions) nodeConfig() (node.Config, error) {
 		Pprof: o.pprof, Version: version,
 		HeartbeatTimeout: o.heartbeatTimeout, ElectionTimeout: o.electionTimeout,
 		SnapshotEntries: o.snapshotEntries, SnapshotBytes: o.snapshotBytes, TrailingEntries: o.trailingEntries,
-		RaftLog: o.raftLog,
+		RaftLog: o.raftLog, GRPCServer: o.grpcServer,
 	}
 	completeAddresses(&cfg)
 	if err := checkAdvertised(&cfg); err != nil {

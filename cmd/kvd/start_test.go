@@ -128,6 +128,7 @@ func TestBadStart(t *testing.T) {
 		{[]string{"--replication-factor", "3"}, "--replication-factor: means nothing"},
 		{[]string{"--witnesses", "auto"}, "--witnesses: means nothing"},
 		{[]string{"--weight", "2"}, "--weight: means nothing"},
+		{[]string{"--grpc-server", "x"}, "--grpc-server"},
 		{[]string{"--heartbeat-timeout", "1ms"}, "--heartbeat-timeout"},
 	} {
 		o, err := resolve(t, c.args, nil, "")
