@@ -20,6 +20,7 @@ const (
 	fillPerTxn   = 50
 	fillAlone    = 20_000 // keys, at the end, that are put one by one: both servers keep the last entries of their logs in memory
 	fillClients  = 128
+	fillTimeout  = 30 * time.Second // of one transaction
 	memorySettle = 10 * time.Second
 	lostFor      = 3 * time.Second
 	dataTimeout  = 5 * time.Minute // of each step
@@ -113,11 +114,24 @@ func (t *trial) fillPart(ctx context.Context, conns []*grpc.ClientConn, version,
 					RequestPut: &pb.PutRequest{Key: dataKey(i), Value: valueOf(i, version)},
 				}})
 			}
-			if _, err := pb.NewKVClient(conns[client%len(conns)]).Txn(ctx, txn); err != nil {
+			if err := txnUntil(ctx, conns[client%len(conns)], txn, time.Now().Add(fillTimeout)); err != nil {
 				return err
 			}
 		}
 	})
+}
+
+// txnUntil tries again while there is no leader, and where nobody knows what became of it: it says the same each time.
+func txnUntil(ctx context.Context, conn *grpc.ClientConn, txn *pb.TxnRequest, end time.Time) error {
+	for {
+		_, err := pb.NewKVClient(conn).Txn(ctx, txn)
+		if err == nil || time.Now().After(end) {
+			return err
+		}
+		if wait := sleep(ctx, 50*time.Millisecond); wait != nil {
+			return wait
+		}
+	}
 }
 
 func (t *trial) checkCount(ctx context.Context, conn *grpc.ClientConn) error {
