@@ -50,8 +50,9 @@ func (p *replay) run(closed *place) error {
 		return err
 	}
 	for _, rep := range p.l.population.replicas {
-		if err := rep.complete(); err != nil {
-			return fmt.Errorf("%w: %s: %w", ErrCorrupt, p.l.options.Dir, err)
+		if err := rep.complete(); err != nil { // the last batch, which is broken, had copies of them
+			path, offset := p.whereItEnds()
+			return corrupt(path, offset, "the log ends here, and %w", err)
 		}
 	}
 	return nil
