@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"errors"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -211,4 +212,27 @@ func TestAReplicaWithoutItsLogIsReplaced(t *testing.T) {
 			t.Errorf("k = %q", got)
 		}
 	})
+}
+
+// What is free is what the fuller of the two disks has.
+func TestFreeSpaceIsThatOfTheLogsDiskToo(t *testing.T) {
+	disk := new(vfs.Memory)
+	const capacity = 100 << 20
+	disk.SetCapacity(capacity)
+	dir := t.TempDir()
+	for kind, most := range map[string]uint64{RaftLogShared: capacity, RaftLogBolt: math.MaxUint64} {
+		logs, err := openLogs(kind, logConfig{dataDir: dir, fs: disk})
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := &Node{cfg: Config{DataDir: dir}, logs: logs}
+		data, err1 := freeBytes(dir)
+		free, err2 := n.freeBytes()
+		if err := errors.Join(err1, err2, logs.close()); err != nil {
+			t.Fatal(err)
+		}
+		if free == 0 || free > most || kind == RaftLogBolt && free < data/2 {
+			t.Errorf("%s: %d are free, %d under the data", kind, free, data)
+		}
+	}
 }
