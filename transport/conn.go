@@ -41,6 +41,7 @@ type pending struct {
 	answer chan answer // capacity 1
 	lane   lane
 	seq    uint64
+	timer  *time.Timer // of those that wait with a timeout; nil = none has
 }
 
 // chunk holds whole frames of laneSmall.
@@ -152,6 +153,7 @@ type outgoing struct {
 	group uint64 // of raft messages whose order matters, else 0
 	frame []byte
 	wait  <-chan struct{} // for room in the queue until this is closed; nil = fail at once
+	most  time.Duration   // wait no longer than this; 0 = as long as it takes
 }
 
 // submit queues a message and registers p, if not nil, for the answer. Its errors are definite.
@@ -194,6 +196,7 @@ func (c *conn) submit(m outgoing, p *pending) error {
 // room waits until the queue takes another message. It is called with c.mu held, which it releases while
 // it waits.
 func (c *conn) room(m outgoing) error {
+	var timer *time.Timer
 	for {
 		switch {
 		case c.err != nil:
@@ -214,10 +217,20 @@ func (c *conn) room(m outgoing) error {
 		}
 		space := c.space
 		c.mu.Unlock()
+		var late <-chan time.Time
+		if m.most > 0 && timer == nil {
+			timer = time.NewTimer(m.most)
+			defer timer.Stop()
+		}
+		if timer != nil {
+			late = timer.C
+		}
 		var err error
 		select {
 		case <-space:
 		case <-m.wait:
+			err = errors.New("the send queue is full")
+		case <-late:
 			err = errors.New("the send queue is full")
 		}
 		c.mu.Lock()

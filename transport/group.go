@@ -290,13 +290,12 @@ func (g *Group) roundTrip(target raft.ServerAddress, timeout time.Duration, req,
 	if err != nil {
 		return err
 	}
-	timer := time.NewTimer(timeout)
-	defer timer.Stop()
+	deadline := time.Now().Add(timeout)
 	s, err := g.send(c, target, timeout, req, true)
 	if err != nil {
 		return err
 	}
-	payload, err := s.wait(g.ctx.Done(), timer.C)
+	payload, err := s.wait(g.ctx.Done(), deadline)
 	if err != nil {
 		return err
 	}
@@ -320,9 +319,7 @@ func (g *Group) send(c *conn, target raft.ServerAddress, timeout time.Duration, 
 	if r, ok := req.(*raft.AppendEntriesRequest); ok && !isHeartbeat(r) {
 		m.lane, m.group = laneSmall, g.key.group+1
 		if wait {
-			ctx, cancel := context.WithTimeout(g.ctx, timeout)
-			defer cancel()
-			m.wait = ctx.Done()
+			m.wait, m.most = g.ctx.Done(), timeout
 		}
 	}
 	frame := appendString(appendUint(newFrame(), g.key.group), target)
@@ -335,16 +332,22 @@ func (g *Group) send(c *conn, target raft.ServerAddress, timeout time.Duration, 
 	return s, nil
 }
 
-// wait returns the answer, or fails when stop is closed or expired fires. It is called once.
-func (s sent) wait(stop <-chan struct{}, expired <-chan time.Time) ([]byte, error) {
+// wait returns the answer, or fails when stop is closed or at the deadline. It is called once.
+func (s sent) wait(stop <-chan struct{}, deadline time.Time) ([]byte, error) {
+	if s.p.timer == nil {
+		s.p.timer = time.NewTimer(time.Until(deadline))
+	} else {
+		s.p.timer.Reset(time.Until(deadline))
+	}
 	var a answer
 	select {
 	case a = <-s.p.answer:
 	case <-stop:
 		a = s.giveUp(ErrClosed)
-	case <-expired:
+	case <-s.p.timer.C:
 		a = s.giveUp(fmt.Errorf("%s: %w", s.c.peer.Node, ErrTimeout))
 	}
+	s.p.timer.Stop() // before anybody else has it
 	s.c.t.pending.Put(s.p)
 	return a.payload, a.err
 }

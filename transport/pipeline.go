@@ -131,15 +131,8 @@ func (p *pipeline) AppendEntries(args *raft.AppendEntriesRequest, resp *raft.App
 // send sends a request that waits for room.
 func (p *pipeline) send(f *future, args *raft.AppendEntriesRequest) error {
 	timeout := p.g.t.cfg.RPCTimeout
-	timer := time.NewTimer(timeout)
-	defer timer.Stop()
-	select {
-	case p.slots <- struct{}{}:
-	case <-p.ctx.Done():
-		return context.Cause(p.ctx)
-	case <-timer.C:
-		p.fail(ErrTimeout)
-		return ErrTimeout
+	if err := p.slot(timeout); err != nil {
+		return err
 	}
 	fl := &flight{start: time.Now(), args: args, resp: new(raft.AppendEntriesResponse), waiting: []*future{f}}
 	f.start = fl.start
@@ -150,6 +143,26 @@ func (p *pipeline) send(f *future, args *raft.AppendEntriesRequest) error {
 	}
 	p.took(fl)
 	return nil
+}
+
+// slot waits for room in the window.
+func (p *pipeline) slot(timeout time.Duration) error {
+	select {
+	case p.slots <- struct{}{}:
+		return nil
+	default:
+	}
+	timer := time.NewTimer(timeout)
+	defer timer.Stop()
+	select {
+	case p.slots <- struct{}{}:
+		return nil
+	case <-p.ctx.Done():
+		return context.Cause(p.ctx)
+	case <-timer.C:
+		p.fail(ErrTimeout)
+		return ErrTimeout
+	}
 }
 
 // took notes what has been sent. The caller has p.turn.
@@ -262,9 +275,7 @@ func (p *pipeline) attach(f *future, fl *flight) {
 
 // complete waits for the answer to a message.
 func (p *pipeline) complete(fl *flight) {
-	timer := time.NewTimer(time.Until(fl.start.Add(p.g.t.cfg.RPCTimeout)))
-	defer timer.Stop()
-	payload, err := fl.s.wait(p.ctx.Done(), timer.C)
+	payload, err := fl.s.wait(p.ctx.Done(), fl.start.Add(p.g.t.cfg.RPCTimeout))
 	if errors.Is(err, ErrClosed) && p.g.ctx.Err() == nil {
 		err = context.Cause(p.ctx) // why the pipeline ended: another request may have timed out at the same instant
 	}
