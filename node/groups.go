@@ -443,7 +443,7 @@ func (n *Node) openReplicaFiles(cfg shard.Config) (*shard.Replica, error) {
 		return nil, fmt.Errorf("%w: %s is missing or empty: %w", errReplicaLost, lost, used)
 	}
 	replica, err := shard.Open(cfg)
-	if errors.Is(err, raftlog.ErrCorrupt) || errors.Is(err, fsm.ErrCorruptState) || errors.Is(err, shard.ErrLogGap) {
+	if errors.Is(err, raftlog.ErrCorrupt) || errors.Is(err, fsm.ErrCorruptState) || errors.Is(err, shard.ErrLogGap) || errors.Is(err, shard.ErrLogBehind) {
 		return nil, fmt.Errorf("%w: %w", errReplicaLost, err)
 	}
 	return replica, damagedLog(n.cfg.DataDir, err)

@@ -23,6 +23,8 @@ var (
 	ErrClosed = errors.New("shard: replica is closed")
 	// ErrLogGap: the log begins after the state's next entry (invariant I9).
 	ErrLogGap = errors.New("shard: log begins after the durable state's next entry")
+	// ErrLogBehind: the log does not have what the durable state has applied.
+	ErrLogBehind = errors.New("shard: log lacks entries that the durable state has applied")
 	// ErrContradicted: the leader does not have entries that were committed.
 	ErrContradicted = errors.New("shard: committed entries are contradicted")
 	// ErrBusy: another snapshot is being installed, or the replica is starting.

@@ -134,12 +134,20 @@ func (r *Replica) swap(l *life, meta snapshot.Meta, replace func() (*state, erro
 // replace makes the received state the replica's on disk, and empties the log.
 func (r *Replica) replace(old, next *fsm.Store, staged *snapshot.Staged) error {
 	old.Moved("") // a defragmentation under way must not bring it back
+	if err := r.log.SetUint64(keyInstalling, staged.Meta.Index); err != nil {
+		return err
+	}
 	if err := staged.Commit(r.statePath()); err != nil {
 		return err
 	}
 	next.Moved(r.statePath())
 	return r.log.Reset()
 }
+
+// keyInstalling is where in the log's stable keys the index of the last snapshot
+// stands whose installation was begun. Nothing else makes a state that is ahead
+// of its log.
+var keyInstalling = []byte("kvd.installing")
 
 // repairLog finishes an installation that a crash interrupted after the swap
 // of the state, and refuses a log that cannot belong to the state. It runs
@@ -165,6 +173,13 @@ func (r *Replica) repairLog(store *fsm.Store) error {
 		if entry.Term == meta.Term {
 			return nil
 		}
+	}
+	installing, err := r.stored(keyInstalling)
+	if err != nil {
+		return fmt.Errorf("shard: look for an installation that was interrupted: %w", err)
+	}
+	if installing != meta.Index {
+		return fmt.Errorf("%w: the state ends at %d, the log at %d: it has forgotten what it acknowledged, perhaps as an old copy: remove this node's data and let it join again", ErrLogBehind, meta.Index, last)
 	}
 	// All of this log is older than the state, or was never committed.
 	r.slog.Info("emptying a log that an installed snapshot replaces", "first", first, "last", last, "state", meta.Index)

@@ -450,18 +450,22 @@ func TestLogAndStateAreMadeToFitAtStart(t *testing.T) {
 		state       uint64 // index, in term 3; 0 = none
 		first, last uint64
 		logTerm     uint64
+		installing  uint64
 		want        [2]uint64
 		err         error
 	}{
 		{name: "new replica"},
 		{name: "log without state", first: 1, last: 5, logTerm: 3, want: [2]uint64{1, 5}},
 		{name: "crash before the swap", state: 4, first: 1, last: 5, logTerm: 3, want: [2]uint64{1, 5}},
-		{name: "crash before the reset: log ends before", state: 10, first: 1, last: 5, logTerm: 3},
-		{name: "crash before the reset: divergent log", state: 10, first: 1, last: 20, logTerm: 2},
-		{name: "crash in the reset: its beginning is left", state: 10, first: 1, last: 10, logTerm: 2},
+		{name: "crash before the reset: log ends before", state: 10, first: 1, last: 5, logTerm: 3, installing: 10},
+		{name: "crash before the reset: divergent log", state: 10, first: 1, last: 20, logTerm: 2, installing: 10},
+		{name: "crash in the reset: its beginning is left", state: 10, first: 1, last: 10, logTerm: 2, installing: 10},
 		{name: "crash after the reset", state: 10},
 		{name: "log goes on", state: 10, first: 3, last: 20, logTerm: 3, want: [2]uint64{3, 20}},
 		{name: "log begins just behind", state: 10, first: 11, last: 20, logTerm: 3, want: [2]uint64{11, 20}},
+		{name: "old log", state: 10, first: 1, last: 9, logTerm: 3, err: ErrLogBehind},
+		{name: "old log, after an installation", state: 10, first: 5, last: 9, logTerm: 3, installing: 4, err: ErrLogBehind},
+		{name: "another's log", state: 10, first: 1, last: 20, logTerm: 2, err: ErrLogBehind},
 		{name: "gap", state: 10, first: 12, last: 20, logTerm: 3, err: ErrLogGap},
 		{name: "gap without state", first: 2, last: 20, logTerm: 3, err: ErrLogGap},
 	} {
@@ -477,6 +481,11 @@ func TestLogAndStateAreMadeToFitAtStart(t *testing.T) {
 			log := &testLog{Memory: raftlogtest.NewMemory()}
 			for i := tc.first; i > 0 && i <= tc.last; i++ {
 				if err := log.InmemStore.StoreLog(logEntry(i, tc.logTerm, "old")); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if tc.installing > 0 {
+				if err := log.SetUint64(keyInstalling, tc.installing); err != nil {
 					t.Fatal(err)
 				}
 			}

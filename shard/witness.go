@@ -156,6 +156,9 @@ func (r *Replica) jump(l *life, req *raft.InstallSnapshotRequest) (*raft.Install
 		Configuration: raft.DecodeConfiguration(req.Configuration), ConfigurationIndex: req.ConfigurationIndex,
 	}
 	return r.swap(l, meta, func() (*state, error) {
+		if err := r.log.SetUint64(keyInstalling, meta.Index); err != nil {
+			return nil, err
+		}
 		if err := l.state.store.InstallMeta(meta); err != nil {
 			return nil, err
 		}
