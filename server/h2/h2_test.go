@@ -242,7 +242,7 @@ func TestContexts(t *testing.T) {
 	handled := make(chan seen, 1)
 	began := make(chan *Call, 1)
 	var limit atomic.Int64
-	r := newRig(t, func(c *Call, _, reply []byte) ([]byte, func(), error) {
+	r := newRig(t, func(c *Call, _, _ []byte) ([]byte, func(), error) {
 		s := seen{}
 		if l := limit.Load(); l != 0 {
 			s.limited = c.Limit(time.Duration(l))
@@ -255,7 +255,7 @@ func TestContexts(t *testing.T) {
 		s.err, s.child = c.Err(), child.Err()
 		<-c.Done()
 		handled <- s
-		return reply, nil, nil
+		return nil, nil, status.FromContextError(s.err).Err()
 	}, nil)
 	client := r.client(t)
 	check := func(name string, want error, limited, deadline bool) {
@@ -284,7 +284,7 @@ func TestContexts(t *testing.T) {
 	}
 
 	limit.Store(int64(time.Millisecond))
-	if _, err := client.UnaryCall(t.Context(), &testpb.SimpleRequest{}); err != nil {
+	if _, err := client.UnaryCall(t.Context(), &testpb.SimpleRequest{}); status.Code(err) != codes.DeadlineExceeded {
 		t.Fatal(err)
 	}
 	check("limited", context.DeadlineExceeded, true, true)

@@ -81,8 +81,9 @@ type Server struct {
 	start     time.Time
 	work      chan *Call // to goroutines that wait for the next call
 	idle      atomic.Int32
-	arriving  atomic.Int64 // requests whose message has not arrived
-	receiving atomic.Int64 // bytes of theirs beyond the first window
+	arriving  atomic.Int64  // requests whose message has not arrived
+	receiving atomic.Int64  // bytes of theirs beyond the first window
+	wake      chan struct{} // capacity 1: there is a connection
 	stop      chan struct{}
 	stopped   sync.Once
 	running   sync.WaitGroup // goroutines
@@ -102,7 +103,7 @@ var ErrClosed = errors.New("h2: server closed")
 func New(cfg Config) *Server {
 	cfg.setDefaults()
 	s := &Server{
-		cfg: cfg, start: time.Now(), work: make(chan *Call), stop: make(chan struct{}), empty: make(chan struct{}),
+		cfg: cfg, start: time.Now(), work: make(chan *Call), wake: make(chan struct{}, 1), stop: make(chan struct{}), empty: make(chan struct{}),
 		conns: make(map[*conn]struct{}), listeners: make(map[net.Listener]struct{}),
 	}
 	s.running.Go(s.sweep)
@@ -168,6 +169,10 @@ func (s *Server) take(nc net.Conn) {
 		return
 	}
 	s.conns[c] = struct{}{}
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
 	s.running.Go(func() {
 		c.serve()
 		s.mu.Lock()
@@ -224,26 +229,35 @@ func (s *Server) list() []*conn {
 // sweepInterval is how exactly calls end that have not been given a timeout by their client.
 const sweepInterval = 100 * time.Millisecond
 
-// sweep ends what takes too long.
+// sweep ends what takes too long, as long as there are connections.
 func (s *Server) sweep() {
 	ticker := time.NewTicker(sweepInterval)
 	defer ticker.Stop()
 	for {
-		select {
-		case <-ticker.C:
-		case <-s.stop:
-			return
+		s.mu.Lock()
+		conns := s.list()
+		s.mu.Unlock()
+		if len(conns) == 0 {
+			ticker.Stop()
+			select {
+			case <-s.wake:
+			case <-s.stop:
+				return
+			}
+			ticker.Reset(sweepInterval)
 		}
 		timeout := s.cfg.ReceiveTimeout
 		if s.arriving.Load() > s.cfg.Crowd {
 			timeout = s.cfg.CrowdedTimeout
 		}
-		s.mu.Lock()
-		conns := s.list()
-		s.mu.Unlock()
 		now := s.now()
 		for _, c := range conns {
 			c.sweep(now, timeout)
+		}
+		select {
+		case <-ticker.C:
+		case <-s.stop:
+			return
 		}
 	}
 }
