@@ -179,7 +179,7 @@ func (r *Replica) repairLog(store *fsm.Store) error {
 		return fmt.Errorf("shard: look for an installation that was interrupted: %w", err)
 	}
 	if installing != meta.Index {
-		return fmt.Errorf("%w: the state ends at %d, the log at %d: it has forgotten what it acknowledged, perhaps as an old copy: remove this node's data and let it join again", ErrLogBehind, meta.Index, last)
+		return fmt.Errorf("%w: the state ends at %d, the log at %d: it has forgotten what it acknowledged, perhaps as an old copy: remove this node's data and let it join again, or restore a backup if it was alone", ErrLogBehind, meta.Index, last)
 	}
 	// All of this log is older than the state, or was never committed.
 	r.slog.Info("emptying a log that an installed snapshot replaces", "first", first, "last", last, "state", meta.Index)
