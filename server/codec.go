@@ -132,8 +132,11 @@ func decodeHeaderOnly(b []byte, h *pb.ResponseHeader) bool {
 	})
 }
 
-// putPrefix is the most that comes before a put in an InternalRaftRequest of up to 256 MiB.
-const putPrefix = 1 + 4
+// putPrefix is the most that comes before a put of less than maxWrapped bytes in an InternalRaftRequest.
+const (
+	putPrefix  = 1 + 4
+	maxWrapped = 1 << 28
+)
 
 // putTag is InternalRaftRequest's of a put.
 const putTag = 4<<3 | byte(protowire.BytesType)

@@ -53,6 +53,8 @@ func (s *Server) newQuick() *h2.Server {
 		ReceiveTimeout:       receiveTimeout,
 		CrowdedTimeout:       crowdedTimeout,
 		Crowd:                crowd,
+		MaxStalledBytes:      s.cfg.MaxAnswerBytes,
+		Stalled:              refusal(errBusy),
 		Slow:                 s.metrics.slow.Inc,
 	})
 }
@@ -139,7 +141,7 @@ func marshal(b []byte, m proto.Message) ([]byte, error) {
 // putFrame is Put with the request as it came: it goes to the log without being encoded again.
 func (s *kv) putFrame(ctx context.Context, frame, reply []byte) ([]byte, error) {
 	var r pb.PutRequest
-	if !decodePut(frame[h2.FrameBytes:], &r) {
+	if len(frame)-h2.FrameBytes >= maxWrapped || !decodePut(frame[h2.FrameBytes:], &r) {
 		return frames(s.Put)(ctx, frame, reply)
 	}
 	resp, err := s.put(ctx, &r, func() ([]byte, error) { return wrapPut(frame), nil })

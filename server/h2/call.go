@@ -1,6 +1,7 @@
 package h2
 
 import (
+	"container/list"
 	"context"
 	"encoding/binary"
 	"sync"
@@ -33,8 +34,11 @@ type Call struct {
 	arrived    bool // or it is not waited for any more
 	isOver     bool // answered or reset
 	running    bool
+	changed    sync.Cond     // its answer may go on, or need not any more
+	place      *list.Element // in the connection's line
 
-	deadline atomic.Int64 // when the sweeper ends it, in nanoseconds of the server's time; 0 = never
+	deadline atomic.Int64  // when the sweeper ends it, in nanoseconds of the server's time; 0 = never
+	patience time.Duration // of the client; 0 = it has set no limit
 	timer    *time.Timer
 	due      time.Time // of the timer
 
@@ -146,10 +150,18 @@ func (c *Call) cancel(err error) {
 	}
 }
 
-// setTimeout is the client's own.
-func (c *Call) setTimeout(d time.Duration) {
-	c.due = time.Now().Add(d)
-	c.timer = time.AfterFunc(d, func() { c.cancel(context.DeadlineExceeded) })
+// begin makes the call one of its connection's, whose lock it needs.
+func (c *Call) begin(window int64) {
+	c.sendWindow = window
+	c.conn.calls[c.id] = c
+	if c.passed {
+		return
+	}
+	c.conn.server.arriving.Add(1)
+	if c.patience > 0 {
+		c.due = time.Now().Add(c.patience)
+		c.timer = time.AfterFunc(c.patience, func() { c.cancel(context.DeadlineExceeded) })
+	}
 }
 
 // finish lets go of what the context holds.
@@ -282,21 +294,31 @@ func (c *conn) begin(call *Call) {
 // answer writes a good answer: as much at a time as the client takes.
 func (c *conn) answer(call *Call, frame []byte) {
 	c.mu.Lock()
-	for begun := false; ; {
+	isStalled, begun := false, false
+	size := int64(len(frame) + stalledBytes)
+	for len(frame) > 0 {
 		n := int(min(int64(len(frame)), int64(c.maxFrame), call.sendWindow, c.sendWindow))
 		switch {
 		case call.isOver || c.err != nil:
-			c.flush()
-			return
-		case n <= 0 || len(c.out) >= maxOutBytes:
-			if len(c.out) > 0 && !c.isFlushing {
-				c.flush()
-				c.mu.Lock()
-				continue
-			}
-			c.changed.Wait()
+			frame = nil
 			continue
-		case !begun:
+		case n > 0 && len(c.out) < maxOutBytes:
+		case len(c.out) > 0 && !c.isFlushing:
+			c.flush()
+			c.mu.Lock()
+			continue
+		case !isStalled && c.server.stalled.Add(size) > c.server.cfg.MaxStalledBytes:
+			c.server.stalled.Add(-size)
+			c.mu.Unlock()
+			c.giveUp(call, begun)
+			return
+		default:
+			isStalled = true
+			c.wait(call)
+			continue
+		}
+		c.leaveLine(call)
+		if !begun {
 			c.out = appendHeaders(c.out, call.id, false, headerBlock, minFrameSize)
 			begun = true
 		}
@@ -305,12 +327,47 @@ func (c *conn) answer(call *Call, frame []byte) {
 		c.sendWindow -= int64(n)
 		c.pingable = true
 		if frame = frame[n:]; len(frame) == 0 {
-			break
+			c.out = appendHeaders(c.out, call.id, true, trailerBlock, minFrameSize)
+			c.over(call)
 		}
 	}
-	c.out = appendHeaders(c.out, call.id, true, trailerBlock, minFrameSize)
-	c.over(call)
+	if isStalled {
+		c.server.stalled.Add(-size)
+	}
+	c.advance()
 	c.flush()
+}
+
+// stalledBytes are what an answer that waits costs besides its own bytes.
+const stalledBytes = 8 << 10
+
+// wait waits until the answer may go on: for its own window, or in the line for what all answers share. It needs the lock.
+func (c *conn) wait(call *Call) {
+	if call.sendWindow <= 0 {
+		c.leaveLine(call)
+		c.advance()
+	} else if call.place == nil {
+		call.place = c.line.PushBack(call)
+	}
+	call.changed.Wait()
+	c.server.woken.Add(1)
+}
+
+// leaveLine needs the lock.
+func (c *conn) leaveLine(call *Call) {
+	if call.place != nil {
+		c.line.Remove(call.place)
+		call.place = nil
+	}
+}
+
+// giveUp ends a call whose answer would wait, while too many do.
+func (c *conn) giveUp(call *Call, begun bool) {
+	if begun {
+		c.reset(call.id, http2.ErrCodeEnhanceYourCalm)
+		return
+	}
+	c.fail(call, c.server.cfg.Stalled, false)
 }
 
 // fail answers with an error. If the client may still be sending, it is told to stop.
@@ -331,5 +388,7 @@ func (c *conn) fail(call *Call, err error, stop bool) {
 func (c *conn) over(call *Call) {
 	call.forget()
 	call.isOver, c.pingable = true, true
+	c.leaveLine(call)
+	call.changed.Signal()
 	delete(c.calls, call.id)
 }

@@ -2,6 +2,7 @@ package h2
 
 import (
 	"bufio"
+	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -41,7 +42,8 @@ type conn struct {
 	fieldSize int
 
 	mu         sync.Mutex
-	changed    sync.Cond // there is more room, or less to do
+	changed    sync.Cond // there is more room, or less to do: for the goroutines that read
+	line       list.List // of *Call, whose answers wait for the connection's window or for room
 	err        error     // why the connection has ended
 	calls      map[uint32]*Call
 	running    int // handlers, those of calls that were reset included
@@ -97,8 +99,13 @@ func (c *conn) serve() {
 	var broken http2.ConnectionError
 	if errors.As(err, &broken) {
 		c.goAway(http2.ErrCode(broken), "")
+		err = errEnd
 	} else if errors.Is(err, http2.ErrFrameTooLarge) {
 		c.goAway(http2.ErrCodeFrameSize, "")
+		err = errEnd
+	}
+	if errors.Is(err, errEnd) {
+		c.leave()
 	}
 	c.end(err)
 	c.mu.Lock()
@@ -121,20 +128,50 @@ var errEnd = errors.New("h2: connection ended")
 
 // end closes the connection; the first reason stays. The reading goroutine does the rest.
 func (c *conn) end(err error) {
+	c.finish(err)
+	_ = c.net.Close()
+}
+
+// finish ends what waits for the connection; the first reason stays.
+func (c *conn) finish(err error) {
 	c.mu.Lock()
 	if c.err == nil {
 		c.err = err
 	}
 	calls := make([]*Call, 0, len(c.calls))
 	for _, call := range c.calls {
+		call.changed.Signal()
 		calls = append(calls, call)
 	}
 	c.changed.Broadcast()
 	c.mu.Unlock()
-	_ = c.net.Close()
 	for _, call := range calls {
 		call.cancel(context.Canceled)
 	}
+}
+
+// lingerTimeout is for the client to end its side, after this one has.
+const lingerTimeout = time.Second
+
+// goodbye ends this side of the connection after what was written, and the reading goroutine soon. The client may be
+// sending still: if the connection were closed with that unread, the system would make it lose the last answers.
+func (c *conn) goodbye() {
+	c.mu.Lock()
+	for c.isFlushing && c.err == nil {
+		c.changed.Wait()
+	}
+	c.mu.Unlock()
+	c.finish(errEnd)
+	_ = c.net.SetReadDeadline(time.Now().Add(lingerTimeout))
+	if half, ok := c.net.(interface{ CloseWrite() error }); !ok || half.CloseWrite() != nil {
+		_ = c.net.Close()
+	}
+}
+
+// leave is goodbye, for the reading goroutine.
+func (c *conn) leave() {
+	c.goodbye()
+	_, _ = io.Copy(io.Discard, c.net)
 }
 
 func (c *conn) handshake() error {
@@ -186,7 +223,9 @@ func (c *conn) next() error {
 	if err != nil {
 		return err
 	}
-	c.waitForRoom()
+	if err := c.waitForRoom(); err != nil {
+		return err
+	}
 	switch f := f.(type) {
 	case *http2.DataFrame:
 		return c.takeData(f)
@@ -210,13 +249,14 @@ func (c *conn) next() error {
 }
 
 // waitForRoom holds a client up that sends requests and does not take the answers.
-func (c *conn) waitForRoom() {
+func (c *conn) waitForRoom() error {
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.lastRead, c.asked = c.server.now(), false
 	for len(c.out) >= maxOutBytes && c.isFlushing && c.err == nil {
 		c.changed.Wait()
 	}
-	c.mu.Unlock()
+	return c.err
 }
 
 // send writes a frame of no call.
@@ -228,7 +268,7 @@ func (c *conn) send(appendTo func([]byte) []byte) {
 
 // flush writes what there is to be written, unless that is being done. It needs the lock and releases it.
 func (c *conn) flush() {
-	if c.isFlushing || c.err != nil || len(c.out) == 0 {
+	if c.isFlushing || c.err != nil || len(c.out) == 0 && !c.isDone() {
 		c.mu.Unlock()
 		return
 	}
@@ -242,6 +282,7 @@ func (c *conn) flush() {
 		b := c.out
 		c.out, c.spare = c.spare[:0], nil
 		c.writing = c.server.now()
+		c.advance()
 		c.mu.Unlock()
 		_, err := c.net.Write(b)
 		c.mu.Lock()
@@ -256,10 +297,24 @@ func (c *conn) flush() {
 		c.changed.Broadcast()
 	}
 	c.isFlushing = false
-	isDone := c.isLast && len(c.calls) == 0
+	c.changed.Broadcast()
+	isDone := c.isDone() && c.err == nil
 	c.mu.Unlock()
 	if isDone {
-		c.end(errEnd)
+		c.goodbye()
+	}
+}
+
+// isDone reports whether the last call has ended. It needs the lock.
+func (c *conn) isDone() bool { return c.isLast && len(c.calls) == 0 }
+
+// advance lets the first answer in the line go on, if it can. It needs the lock. An answer that stops going on lets the
+// next one: so one frame of the client's wakes no more of them than can use it.
+func (c *conn) advance() {
+	if first := c.line.Front(); first != nil && c.sendWindow > 0 && len(c.out) < maxOutBytes {
+		call := c.line.Remove(first).(*Call)
+		call.place = nil
+		call.changed.Signal()
 	}
 }
 
@@ -311,6 +366,7 @@ func (c *conn) sweep(now, receiveTimeout time.Duration) {
 		case at != 0 && int64(now) >= at:
 			expired = append(expired, call)
 		case !call.running && now-call.since >= receiveTimeout:
+			call.since = now + time.Hour // told once
 			slow = append(slow, call)
 		}
 	}

@@ -118,7 +118,10 @@ const maxStatusText = 4 << 10
 
 // statusBlock ends the others.
 func statusBlock(b []byte, err error) []byte {
-	s := status.Convert(err)
+	s, ok := status.FromError(err)
+	if !ok {
+		s = status.FromContextError(err) // as grpc-go
+	}
 	b = appendLiteral(b, "grpc-status", strconv.Itoa(int(s.Code())))
 	message := s.Message()
 	b = appendLiteral(b, "grpc-message", percentEncode(message[:min(len(message), maxStatusText)]))

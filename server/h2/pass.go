@@ -28,6 +28,7 @@ type pass struct {
 	changed sync.Cond
 	queue   []segment
 	queued  int   // bytes of the queue that are not data
+	isStuck bool  // what the other server says waits for the client
 	window  int64 // what the other server takes
 	isOver  bool
 }
@@ -38,9 +39,13 @@ type segment struct {
 	data   int // bytes of the window that it takes
 }
 
-// maxPassBytes besides data may wait to be written. The reading goroutine does not wait for the other server: that may
-// wait for what the client has sent. What data waits is bounded by the connection's window.
-const maxPassBytes = 1 << 20
+// maxPassBytes besides data may wait to be written. Then the client's frames wait, too, except while the other server
+// waits for what the client has yet to send. How much data waits is bounded by the connection's window, and in how many
+// pieces by what each piece costs.
+const (
+	maxPassBytes = 1 << 20
+	segmentBytes = 64
+)
 
 // startPass connects. It is called once.
 func (c *conn) startPass() error {
@@ -77,24 +82,57 @@ func (p *pass) close() {
 	p.running.Wait()
 }
 
-// send queues frames for the other server.
+// send queues frames for the other server. It is for the connection's reading goroutine.
 func (p *pass) send(appendTo func([]byte) []byte) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.append(appendTo)
+	return p.wait()
+}
+
+// reply is send for the goroutine that reads from the other server: it must not wait for it.
+func (p *pass) reply(appendTo func([]byte) []byte) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.append(appendTo)
 	if p.isOver {
 		return errEnd
 	}
+	return nil
+}
+
+// append needs the lock.
+func (p *pass) append(appendTo func([]byte) []byte) {
 	if len(p.queue) == 0 || p.queue[len(p.queue)-1].data > 0 {
 		p.queue = append(p.queue, segment{})
 	}
 	last := &p.queue[len(p.queue)-1]
 	p.queued -= len(last.frames)
 	last.frames = appendTo(last.frames)
-	if p.queued += len(last.frames); p.queued > maxPassBytes {
-		return http2.ConnectionError(http2.ErrCodeEnhanceYourCalm)
-	}
+	p.queued += len(last.frames)
 	p.changed.Broadcast()
+}
+
+// wait waits for room in the queue. It needs the lock.
+func (p *pass) wait() error {
+	for p.queued > maxPassBytes && !p.isOver {
+		if p.isStuck {
+			return http2.ConnectionError(http2.ErrCodeEnhanceYourCalm)
+		}
+		p.changed.Wait()
+	}
+	if p.isOver {
+		return errEnd
+	}
 	return nil
+}
+
+// stick says whether what the other server says waits for the client.
+func (p *pass) stick(isStuck bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.isStuck = isStuck
+	p.changed.Broadcast()
 }
 
 // data queues a part of a request, without its padding. The client may send as much again when it has been written.
@@ -104,22 +142,19 @@ func (p *pass) data(f *http2.DataFrame) error {
 	if f.StreamEnded() {
 		flags = http2.FlagDataEndStream
 	}
+	if padding := int(f.Length) - len(data); padding > 0 { // the other server does not see it
+		p.conn.creditPadding(f.StreamID, padding)
+	}
 	frame := appendFrameHeader(make([]byte, 0, frameHeaderBytes+len(data)), len(data), http2.FrameData, flags, f.StreamID)
 	if len(data) == 0 {
-		p.conn.credit(int(f.Length))
 		return p.send(func(b []byte) []byte { return append(b, frame...) })
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.isOver {
-		return errEnd
-	}
 	p.queue = append(p.queue, segment{frames: append(frame, data...), data: len(data)})
+	p.queued += segmentBytes
 	p.changed.Broadcast()
-	if padding := int(f.Length) - len(data); padding > 0 {
-		p.conn.credit(padding)
-	}
-	return nil
+	return p.wait()
 }
 
 // write is a goroutine.
@@ -159,6 +194,8 @@ func (p *pass) take() (b []byte, data int) {
 		data += s.data
 		if s.data == 0 {
 			p.queued -= len(s.frames)
+		} else {
+			p.queued -= segmentBytes
 		}
 		if b == nil {
 			b = s.frames
@@ -167,6 +204,7 @@ func (p *pass) take() (b []byte, data int) {
 		}
 	}
 	p.queue = slices.Delete(p.queue, 0, n)
+	p.changed.Broadcast()
 	return b, data
 }
 
@@ -214,7 +252,7 @@ func (p *pass) frame(f http2.Frame) error {
 			return err
 		}
 		if n := uint32(len(f.Data())); n > 0 {
-			return p.send(func(b []byte) []byte { return appendWindowUpdate(b, 0, n) })
+			return p.reply(func(b []byte) []byte { return appendWindowUpdate(b, 0, n) })
 		}
 	case *http2.HeadersFrame:
 		block, isLast := f.HeaderBlockFragment(), f.HeadersEnded()
@@ -244,12 +282,12 @@ func (p *pass) frame(f http2.Frame) error {
 		p.mu.Unlock()
 	case *http2.SettingsFrame:
 		if !f.IsAck() {
-			return p.send(appendSettingsAck)
+			return p.reply(appendSettingsAck)
 		}
 		c.passAck()
 	case *http2.PingFrame:
 		if !f.IsAck() {
-			return p.send(func(b []byte) []byte { return appendPing(b, true, f.Data) })
+			return p.reply(func(b []byte) []byte { return appendPing(b, true, f.Data) })
 		}
 	case *http2.GoAwayFrame:
 		return errOther
@@ -279,12 +317,41 @@ func (c *conn) passOn(id uint32, end bool, appendTo func([]byte) []byte) {
 		}
 		c.changed.Wait()
 	}
+	if c.err != nil {
+		c.mu.Unlock()
+		return
+	}
 	c.out = appendTo(c.out)
 	c.pingable = true
 	if call := c.calls[id]; end && call != nil {
 		c.over(call)
 	}
 	c.flush()
+}
+
+// waitStuck waits for the client. It needs the lock.
+func (c *conn) waitStuck() {
+	if c.sendWindow > 0 {
+		c.changed.Wait()
+		return
+	}
+	c.mu.Unlock()
+	c.pass.stick(true)
+	c.mu.Lock()
+	if c.sendWindow <= 0 && c.err == nil {
+		c.changed.Wait()
+	}
+	c.mu.Unlock()
+	c.pass.stick(false)
+	c.mu.Lock()
+}
+
+// creditPadding gives back what a frame had besides data, to its connection and its stream.
+func (c *conn) creditPadding(id uint32, n int) {
+	c.mu.Lock()
+	c.out = appendWindowUpdate(c.out, id, uint32(n))
+	c.mu.Unlock()
+	c.credit(n)
 }
 
 // passData is passOn for data: it takes of the connection's window.
@@ -298,7 +365,7 @@ func (c *conn) passData(f *http2.DataFrame) error {
 				c.mu.Lock()
 				continue
 			}
-			c.changed.Wait()
+			c.waitStuck()
 		}
 		n := int(min(int64(len(data)), int64(c.maxFrame), max(c.sendWindow, 0)))
 		call := c.calls[f.StreamID]

@@ -9,6 +9,9 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // Config says what a Server serves. The zero value of every bound and duration means its default.
@@ -29,6 +32,11 @@ type Config struct {
 	// MaxReceivingBytes bounds the requests of all connections whose last byte has not arrived, except the first 64 KiB
 	// of each; 128 MiB.
 	MaxReceivingBytes int64
+
+	// MaxStalledBytes bounds the answers of all connections that wait for their clients; 512 MiB. Others fail with
+	// Stalled then.
+	MaxStalledBytes int64
+	Stalled         error // ResourceExhausted
 
 	HandshakeTimeout time.Duration // for a connection's preface; 10 s
 	PingInterval     time.Duration // clients may not ping more often; 5 s, and 2 h while they have no calls
@@ -63,6 +71,7 @@ func (c *Config) setDefaults() {
 	setDefault(&c.MaxConcurrentStreams, 16384)
 	setDefault(&c.MaxHeaderBytes, 64<<10)
 	setDefault(&c.MaxReceivingBytes, 128<<20)
+	setDefault(&c.MaxStalledBytes, 512<<20)
 	setDefault(&c.HandshakeTimeout, 10*time.Second)
 	setDefault(&c.PingInterval, 5*time.Second)
 	setDefault(&c.IdleTimeout, 2*time.Hour)
@@ -70,6 +79,9 @@ func (c *Config) setDefaults() {
 	setDefault(&c.ReceiveTimeout, 10*time.Second)
 	setDefault(&c.CrowdedTimeout, 2*time.Second)
 	setDefault(&c.Crowd, 256)
+	if c.Stalled == nil {
+		c.Stalled = status.Error(codes.ResourceExhausted, "grpc: too many answers wait for their clients")
+	}
 	if c.Slow == nil {
 		c.Slow = func() {}
 	}
@@ -83,6 +95,8 @@ type Server struct {
 	idle      atomic.Int32
 	arriving  atomic.Int64  // requests whose message has not arrived
 	receiving atomic.Int64  // bytes of theirs beyond the first window
+	stalled   atomic.Int64  // bytes of answers that wait for their clients
+	woken     atomic.Int64  // answers that waited and were told to go on
 	wake      chan struct{} // capacity 1: there is a connection
 	stop      chan struct{}
 	stopped   sync.Once

@@ -2,9 +2,10 @@ package h2
 
 import (
 	"errors"
-	"strings"
+	"slices"
 	"time"
 
+	"golang.org/x/net/http/httpguts"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 )
@@ -21,7 +22,6 @@ func (c *conn) takeSettings(f *http2.SettingsFrame) error {
 	if err == nil && !passes {
 		c.out = appendSettingsAck(c.out)
 	}
-	c.changed.Broadcast()
 	c.flush()
 	if err == nil && passes { // the other server has the table for headers: it says when it has changed
 		return c.pass.send(func(b []byte) []byte {
@@ -52,6 +52,9 @@ func (c *conn) setting(s http2.Setting) error {
 		for _, call := range c.calls {
 			if call.sendWindow += more; call.sendWindow > maxWindow {
 				return http2.ConnectionError(http2.ErrCodeFlowControl)
+			}
+			if more > 0 && call.sendWindow > 0 {
+				call.changed.Signal()
 			}
 		}
 	}
@@ -97,6 +100,7 @@ func (c *conn) takeWindow(f *http2.WindowUpdateFrame) error {
 		c.sendWindow += int64(f.Increment)
 		tooMuch := c.sendWindow > maxWindow
 		c.changed.Broadcast()
+		c.advance()
 		c.mu.Unlock()
 		if tooMuch {
 			return http2.ConnectionError(http2.ErrCodeFlowControl)
@@ -109,7 +113,7 @@ func (c *conn) takeWindow(f *http2.WindowUpdateFrame) error {
 	if call != nil && !call.passed {
 		call.sendWindow += int64(f.Increment)
 		tooMuch = call.sendWindow > maxWindow
-		c.changed.Broadcast()
+		call.changed.Signal()
 	}
 	c.mu.Unlock()
 	switch {
@@ -260,18 +264,25 @@ func (c *conn) takeHeaders(f *http2.HeadersFrame) error {
 
 // call begins a call whose headers are in fields, or ends its request with them.
 func (c *conn) call(id uint32, end bool) error {
+	if id%2 == 0 {
+		return http2.ConnectionError(http2.ErrCodeProtocol)
+	}
+	begun := &Call{conn: c, id: id, since: c.server.now(), window: defaultWindow}
+	begun.changed.L = &c.mu
+	isUsual := !end && begun.isUsual(c.fields)
 	c.mu.Lock()
 	call, isLast := c.calls[id], c.isLast
 	tooMany := max(len(c.calls), c.running) >= int(c.server.cfg.MaxConcurrentStreams) // reset ones run on for a while
 	isNew := id > c.lastID
+	begun.passed = c.isSmall || !isUsual
 	if isNew && !isLast {
 		c.lastID = id
+		if !tooMany { // at once: a connection that has no calls may end now
+			begun.begin(c.initial)
+		}
 	}
-	isSmall := c.isSmall
 	c.mu.Unlock()
 	switch {
-	case id%2 == 0:
-		return http2.ConnectionError(http2.ErrCodeProtocol)
 	case call != nil && call.passed:
 		return c.pass.headers(id, end, c.fields)
 	case call != nil: // no client of gRPC sends trailers
@@ -282,34 +293,28 @@ func (c *conn) call(id uint32, end bool) error {
 	case isLast || tooMany:
 		c.reset(id, http2.ErrCodeRefusedStream)
 		return nil
+	case !begun.passed:
+		return nil
 	}
-	call = &Call{conn: c, id: id, since: c.server.now(), window: defaultWindow}
-	if isSmall || end || !call.isUsual(c.fields) {
-		call.passed = true
-	}
-	if call.passed && c.pass == nil {
+	if c.pass == nil {
 		if err := c.startPass(); err != nil {
 			return err
 		}
 	}
-	c.mu.Lock()
-	call.sendWindow = c.initial
-	c.calls[id] = call
-	c.mu.Unlock()
-	if call.passed {
-		return c.pass.headers(id, end, c.fields)
-	}
-	c.server.arriving.Add(1)
-	return nil
+	return c.pass.headers(id, end, c.fields)
 }
 
 // isUsual reports whether a call is one that is served here, and takes what is needed of its headers.
 func (c *Call) isUsual(fields []hpack.HeaderField) bool {
 	isPost, isGRPC, timeout := false, false, ""
 	s := c.conn.server
+	if !isOrdered(fields) {
+		return false
+	}
 	for i := range fields {
 		f := &fields[i]
 		switch f.Name {
+		case ":scheme", ":authority":
 		case ":method":
 			isPost = f.Value == "POST"
 		case ":path":
@@ -325,8 +330,12 @@ func (c *Call) isUsual(fields []hpack.HeaderField) bool {
 			}
 		case "grpc-timeout":
 			timeout = f.Value
-		case "connection", "host":
+		case "connection", "host", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade", "content-length":
 			return false // unusual
+		case "te":
+			if f.Value != "trailers" {
+				return false
+			}
 		case s.cfg.Keep[0]:
 			if c.kept[0] == "" {
 				c.kept[0] = f.Value
@@ -336,7 +345,7 @@ func (c *Call) isUsual(fields []hpack.HeaderField) bool {
 				c.kept[1] = f.Value
 			}
 		default:
-			if !strings.HasPrefix(f.Name, ":") && !isName(f.Name) {
+			if !isName(f.Name) || !httpguts.ValidHeaderFieldValue(f.Value) {
 				return false
 			}
 		}
@@ -349,10 +358,27 @@ func (c *Call) isUsual(fields []hpack.HeaderField) bool {
 		if !ok || d <= 0 {
 			return false
 		}
-		c.setTimeout(min(d, 100*365*24*time.Hour))
+		c.patience = min(d, 100*365*24*time.Hour)
 	}
 	return true
 }
+
+// isOrdered reports whether each of the four headers of a request that begin with a colon is there, once, before all others.
+func isOrdered(fields []hpack.HeaderField) bool {
+	seen := [4]bool{}
+	for i := range fields {
+		n := slices.Index(pseudo[:], fields[i].Name)
+		if (i < len(pseudo)) != (n >= 0) || n >= 0 && seen[n] {
+			return false
+		}
+		if n >= 0 {
+			seen[n] = true
+		}
+	}
+	return len(fields) >= len(pseudo)
+}
+
+var pseudo = [4]string{":method", ":scheme", ":path", ":authority"}
 
 // isName reports whether a header's name is as HTTP/2 wants it; others are left to the other server to judge.
 func isName(name string) bool {
