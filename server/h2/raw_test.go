@@ -139,24 +139,28 @@ func TestWrongClients(t *testing.T) {
 			b[0] = 1
 			w.do(w.WriteData(1, true, b))
 		}, "status 13"},
-		"no message":            {func(w *raw) { w.headers(1); w.do(w.WriteData(1, true, nil)) }, "status 13"},
-		"half a message":        {func(w *raw) { w.headers(1); w.do(w.WriteData(1, true, message(10)[:9])) }, "status 13"},
-		"half a prefix":         {func(w *raw) { w.headers(1); w.do(w.WriteData(1, true, []byte{0, 0})) }, "status 13"},
-		"two messages":          {func(w *raw) { w.headers(1); w.do(w.WriteData(1, true, append(message(10), message(10)...))) }, "status 13"},
-		"not a message":         {func(w *raw) { w.headers(1); w.do(w.WriteData(1, true, []byte{0, 0, 0, 0, 1, 0xff})) }, "status 2"},
-		"a huge message":        {func(w *raw) { w.headers(1); w.do(w.WriteData(1, false, []byte{0, 0xff, 0xff, 0xff, 0xff})) }, "status 8"},
-		"more than it may":      {func(w *raw) { w.headers(1); w.flood(1, 1<<16, message(60 << 10)[:5]) }, "reset FLOW_CONTROL_ERROR"},
-		"another method":        {func(w *raw) { w.call(1, ":path", "/no/such") }, "status 12"},
-		"no POST":               {func(w *raw) { w.call(1, ":method", "GET") }, "status 13"},
-		"not gRPC":              {func(w *raw) { w.call(1, "content-type", "text/plain") }, "status 3"},
-		"a strange timeout":     {func(w *raw) { w.call(1, "grpc-timeout", "soon") }, "status 13"},
-		"data of no stream":     {func(w *raw) { w.do(w.WriteData(0, true, nil)) }, "goaway PROTOCOL_ERROR"},
-		"data of a later call":  {func(w *raw) { w.do(w.WriteData(5, true, nil)) }, "goaway PROTOCOL_ERROR"},
-		"reset of a later call": {func(w *raw) { w.do(w.WriteRSTStream(5, http2.ErrCodeCancel)) }, "goaway PROTOCOL_ERROR"},
-		"window of a later one": {func(w *raw) { w.do(w.WriteWindowUpdate(5, 1)) }, "goaway PROTOCOL_ERROR"},
-		"an even number":        {func(w *raw) { w.headers(2) }, "goaway PROTOCOL_ERROR"},
-		"an old number":         {func(w *raw) { w.headers(3); w.do(w.WriteRSTStream(3, 0)); w.headers(1) }, "goaway STREAM_CLOSED"},
-		"trailers":              {func(w *raw) { w.headers(1); w.headers(1) }, "reset PROTOCOL_ERROR"},
+		"no message":           {func(w *raw) { w.headers(1); w.do(w.WriteData(1, true, nil)) }, "status 13"},
+		"half a message":       {func(w *raw) { w.headers(1); w.do(w.WriteData(1, true, message(10)[:9])) }, "status 13"},
+		"half a prefix":        {func(w *raw) { w.headers(1); w.do(w.WriteData(1, true, []byte{0, 0})) }, "status 13"},
+		"two messages":         {func(w *raw) { w.headers(1); w.do(w.WriteData(1, true, append(message(10), message(10)...))) }, "status 13"},
+		"not a message":        {func(w *raw) { w.headers(1); w.do(w.WriteData(1, true, []byte{0, 0, 0, 0, 1, 0xff})) }, "status 2"},
+		"a huge message":       {func(w *raw) { w.headers(1); w.do(w.WriteData(1, false, []byte{0, 0xff, 0xff, 0xff, 0xff})) }, "status 8"},
+		"more than it may":     {func(w *raw) { w.headers(1); w.flood(1, 1<<16, message(60 << 10)[:5]) }, "reset FLOW_CONTROL_ERROR"},
+		"another method":       {func(w *raw) { w.call(1, ":path", "/no/such") }, "status 12"},
+		"no POST":              {func(w *raw) { w.call(1, ":method", "GET") }, "status 13"},
+		"not gRPC":             {func(w *raw) { w.call(1, "content-type", "text/plain") }, "status 3"},
+		"a strange timeout":    {func(w *raw) { w.call(1, "grpc-timeout", "soon") }, "status 13"},
+		"data of no stream":    {func(w *raw) { w.do(w.WriteData(0, true, nil)) }, "goaway PROTOCOL_ERROR"},
+		"data of a later call": {func(w *raw) { w.do(w.WriteData(5, true, nil)) }, "goaway PROTOCOL_ERROR"},
+		"reset of a later call": {func(w *raw) { // the C library of gRPC does that
+			w.do(w.WriteRSTStream(1, http2.ErrCodeCancel))
+			w.do(w.WriteWindowUpdate(1, 1))
+			w.headers(1)
+			w.do(w.WriteData(1, true, message(1)))
+		}, "ok"},
+		"an even number": {func(w *raw) { w.headers(2) }, "goaway PROTOCOL_ERROR"},
+		"an old number":  {func(w *raw) { w.headers(3); w.do(w.WriteRSTStream(3, 0)); w.headers(1) }, "goaway STREAM_CLOSED"},
+		"trailers":       {func(w *raw) { w.headers(1); w.headers(1) }, "reset PROTOCOL_ERROR"},
 		"data after the end": {func(w *raw) {
 			w.headers(1, "grpc-timeout", "9S")
 			w.do(w.WriteData(1, false, nil))

@@ -108,7 +108,6 @@ func (c *conn) takeWindow(f *http2.WindowUpdateFrame) error {
 		return nil
 	}
 	call := c.calls[f.StreamID]
-	isIdle := c.isIdle(f.StreamID)
 	tooMuch := false
 	if call != nil && !call.passed {
 		call.sendWindow += int64(f.Increment)
@@ -117,8 +116,6 @@ func (c *conn) takeWindow(f *http2.WindowUpdateFrame) error {
 	}
 	c.mu.Unlock()
 	switch {
-	case isIdle:
-		return http2.ConnectionError(http2.ErrCodeProtocol)
 	case tooMuch:
 		c.reset(f.StreamID, http2.ErrCodeFlowControl)
 	case call != nil && call.passed:
@@ -127,18 +124,17 @@ func (c *conn) takeWindow(f *http2.WindowUpdateFrame) error {
 	return nil
 }
 
+// takeReset takes calls back. The C library of gRPC sends this for calls that it has not begun, too: RFC 9113 calls that
+// an error, but grpc-go lets it pass.
 func (c *conn) takeReset(f *http2.RSTStreamFrame) error {
 	c.mu.Lock()
 	call := c.calls[f.StreamID]
-	isIdle := c.isIdle(f.StreamID)
 	if call != nil {
 		c.over(call)
 	}
 	c.changed.Broadcast()
 	c.flush()
 	switch {
-	case isIdle:
-		return http2.ConnectionError(http2.ErrCodeProtocol)
 	case call == nil:
 	case call.passed:
 		return c.pass.send(func(b []byte) []byte { return appendReset(b, f.StreamID, f.ErrCode) })
