@@ -4,6 +4,7 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -124,7 +125,7 @@ func statusBlock(b []byte, err error) []byte {
 	}
 	b = appendLiteral(b, "grpc-status", strconv.Itoa(int(s.Code())))
 	message := s.Message()
-	b = appendLiteral(b, "grpc-message", percentEncode(message[:min(len(message), maxStatusText)]))
+	b = appendLiteral(b, "grpc-message", percentEncode(strings.ToValidUTF8(message[:min(len(message), maxStatusText)], "\uFFFD")))
 	if p := s.Proto(); len(p.GetDetails()) > 0 {
 		if details, err := proto.Marshal(p); err == nil && len(details) <= maxStatusText {
 			b = appendLiteral(b, "grpc-status-details-bin", base64.RawStdEncoding.EncodeToString(details))
