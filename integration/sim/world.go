@@ -37,6 +37,7 @@ type shape struct {
 	think    time.Duration // a client's mean pause
 	faults   shard.Faults
 	lies     bool // the disks say that they have synced, and have not
+	cuts     bool // all that happens is that the founder slowest to give up its leadership is cut off
 }
 
 // world is one cluster in one synctest bubble.
@@ -378,13 +379,19 @@ func (w *world) nemesis(ctx context.Context, rng *rand.Rand, h *linearizability.
 	}
 }
 
+const cutOff = 2 // of what inject does
+
 func (w *world) inject(rng *rand.Rand) (fault string, repair func()) {
 	victim := w.names[rng.IntN(len(w.names))]
 	if leader := w.leader(); leader != "" && rng.IntN(2) == 0 {
 		victim = leader
 	}
+	what := rng.IntN(7)
+	if w.cuts {
+		victim, what = w.names[len(w.names)-1], cutOff
+	}
 	others := slices.DeleteFunc(slices.Clone(w.names), func(n string) bool { return n == victim })
-	switch rng.IntN(7) {
+	switch what {
 	case 0:
 		w.hosts[victim].crash(rng)
 		return "crash", w.hosts[victim].start
@@ -396,7 +403,7 @@ func (w *world) inject(rng *rand.Rand) (fault string, repair func()) {
 			w.hosts[name].start()
 		}
 		return "crash of all", func() {}
-	case 2:
+	case cutOff:
 		w.network.Isolate(address(victim))
 		return "isolation", func() { w.network.Rejoin(address(victim)) }
 	case 3: // one way: the victim is heard, but hears nothing
