@@ -24,7 +24,7 @@ type answers struct {
 
 // freeAnswerBytes of each answer do not count, so that many large ones do not
 // keep the small ones from being read.
-const freeAnswerBytes = 64 << 10
+const freeAnswerBytes = 4 << 10
 
 // metered makes the reads with ctx count until release is called.
 func (a *answers) metered(ctx context.Context) (_ context.Context, release func()) {
