@@ -52,7 +52,8 @@
 //   - a segment with batches does not follow one that is sealed, or begins with any other sequence than the
 //     one behind the seal (so a segment before it is known to be whole), or with a checkpoint that is not
 //     what reading up to there gives;
-//   - a segment is missing between others, or behind one that is sealed, or has no valid header;
+//   - a segment is missing between others, or behind one that is sealed, or has no valid header, or is shorter
+//     than its header says;
 //   - the mark of a clean close is there and the log does not end where it says. The mark is removed, durably,
 //     before the log takes the first write;
 //   - a record does not fit what is before it, or an entry between a replica's first and last is missing.

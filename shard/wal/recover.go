@@ -107,6 +107,8 @@ func (s *segment) readHeader() (err error) {
 		return corrupt(s.path, 0, "%w", err)
 	case h.number != s.number:
 		return corrupt(s.path, 0, "it is segment %d", h.number)
+	case s.sizeBytes < h.sizeBytes:
+		return corrupt(s.path, s.sizeBytes, "the file ends here, and had %d bytes when it was made", h.sizeBytes)
 	}
 	s.salt = h.salt
 	return nil
