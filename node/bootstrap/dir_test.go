@@ -179,6 +179,7 @@ func TestDirRefusesWhatIsDamagedOrForeign(t *testing.T) {
 		want   error
 	}{
 		"identity bit":     {flip(identityFile, `"name": "n2"`, `"name": "n3"`), ErrCorrupt},
+		"identity case":    {flip(identityFile, `"crc32c"`, `"cRc32c"`), ErrCorrupt},
 		"identity cut":     {func(t *testing.T, path string) { os.Truncate(filepath.Join(path, identityFile), 60) }, ErrCorrupt},
 		"identity empty":   {func(t *testing.T, path string) { os.Truncate(filepath.Join(path, identityFile), 0) }, ErrCorrupt},
 		"identity huge":    {func(t *testing.T, path string) { os.Truncate(filepath.Join(path, identityFile), maxFileBytes+1) }, ErrCorrupt},

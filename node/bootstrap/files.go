@@ -168,6 +168,10 @@ func decodeFile(name string, data []byte, body any) error {
 	if got := checksum(compact.Bytes()); got != e.CRC32C {
 		return corrupt(name, fmt.Errorf("its checksum is %s, not %.16q", got, e.CRC32C))
 	}
+	// The names of the fields may have changed case, which encoding/json takes for the same.
+	if again, err := json.MarshalIndent(e, "", "  "); err != nil || !bytes.Equal(append(again, '\n'), data) {
+		return corrupt(name, errors.New("it is not as it was written"))
+	}
 	strict := json.NewDecoder(&compact)
 	strict.DisallowUnknownFields()
 	if err := strict.Decode(body); err != nil {
