@@ -4,6 +4,8 @@ import (
 	"fmt"
 
 	"github.com/hashicorp/raft"
+
+	"kvd/shard/entrycache"
 )
 
 // FirstIndex returns the index of the first entry, 0 if there is none. It reads memory only.
@@ -32,7 +34,7 @@ func (s *Store) bounds() (first, last uint64, err error) {
 func (s *Store) GetLog(index uint64, out *raft.Log) error {
 	s.mu.RLock()
 	closed, missing := s.closed, s.first == 0 || index < s.first || index > s.last
-	cached := !missing && s.cache.get(index, out)
+	cached := !missing && s.cache.Get(index, out)
 	s.mu.RUnlock()
 	switch {
 	case closed:
@@ -73,8 +75,8 @@ func (s *Store) StoreLogs(entries []*raft.Log) error {
 	}
 	s.last = entries[len(entries)-1].Index
 	for _, entry := range entries {
-		sizeBytes += entryBytes(entry)
-		s.cache.push(entry)
+		sizeBytes += entrycache.EntryBytes(entry)
+		s.cache.Push(entry)
 	}
 	s.mu.Unlock()
 	s.metrics.batchEntries.Observe(float64(len(entries)))
@@ -176,7 +178,7 @@ func (s *Store) removeStep(limit uint64) (done bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.first = to + 1
-	s.cache.dropBefore(s.first)
+	s.cache.DropBefore(s.first)
 	if to == last {
 		s.first, s.last = 0, 0
 	}
@@ -196,7 +198,7 @@ func (s *Store) removeDown(lo, last uint64) error {
 		last = from - 1
 		s.mu.Lock()
 		s.last = last
-		s.cache.dropAfter(last)
+		s.cache.DropAfter(last)
 		if last < s.first {
 			s.first, s.last = 0, 0
 		}

@@ -20,6 +20,7 @@ import (
 	"go.etcd.io/bbolt"
 	boltErrors "go.etcd.io/bbolt/errors"
 
+	"kvd/shard/entrycache"
 	"kvd/snapshot/boltcheck"
 )
 
@@ -111,7 +112,7 @@ type Store struct {
 
 	mu          sync.RWMutex // never held during I/O
 	first, last uint64       // 0 = empty
-	cache       cache
+	cache       *entrycache.Cache
 	failed      error // why no more is written
 	closed      bool
 
@@ -151,7 +152,7 @@ func Open(o Options) (*Store, error) {
 	}
 	s := &Store{
 		bolt: bolt, log: o.Logger, guard: o.Guard, path: o.Path, metrics: newMetrics(o.Registerer),
-		born: time.Now(), cache: cache{limitBytes: o.CacheBytes},
+		born: time.Now(), cache: entrycache.New(o.CacheBytes),
 	}
 	err = s.loadBounds()
 	if err == nil && !o.NoSync {
@@ -234,7 +235,7 @@ func (s *Store) Close() error {
 	s.mu.Lock()
 	closed := s.closed
 	s.closed = true
-	s.cache.reset()
+	s.cache.Reset()
 	s.mu.Unlock()
 	if closed {
 		return nil

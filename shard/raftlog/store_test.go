@@ -330,25 +330,6 @@ func TestOpenTruncatedFile(t *testing.T) {
 	}
 }
 
-func TestCacheIsBounded(t *testing.T) {
-	const limit = 100_000
-	c := cache{limitBytes: limit}
-	for i := uint64(1); i < 5000; i++ {
-		c.push(&raft.Log{Index: i, Data: make([]byte, i%3000)})
-		if c.sizeBytes > limit || c.count == 0 {
-			t.Fatalf("%d entries, %d bytes", c.count, c.sizeBytes)
-		}
-		var entry raft.Log
-		if !c.get(i, &entry) || entry.Index != i || c.get(i+1, &entry) || c.get(c.first-1, &entry) {
-			t.Fatalf("entry %d: wrong contents", i)
-		}
-	}
-	c.push(&raft.Log{Index: 5000, Data: make([]byte, limit)})
-	if c.count != 0 || c.sizeBytes != 0 {
-		t.Error("an entry above the bound stays")
-	}
-}
-
 func TestCachedReadsDoNotAllocate(t *testing.T) {
 	s := newStore(t, Options{})
 	must(t, s.StoreLogs(raftlogtest.Entries(1, 100, 1)))

@@ -63,7 +63,7 @@ func (r *replica) publish(entries []*raft.Log, at spot) error {
 			return err
 		}
 		if r.cache != nil {
-			r.cache.push(e)
+			r.cache.Push(e)
 		}
 		at.offset += at.sizeBytes
 	}

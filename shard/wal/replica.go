@@ -8,6 +8,8 @@ import (
 	"sync"
 
 	"github.com/hashicorp/raft"
+
+	"kvd/shard/entrycache"
 )
 
 // replica is what the log knows of one. Its contents change when a batch is durable, or while the log is read.
@@ -21,9 +23,9 @@ type replica struct {
 	mu          sync.RWMutex // never held during I/O
 	first, last uint64       // 0 = empty
 	index       index
-	keys        []keyValue // in order
-	cache       *cache     // of the open Store; nil = none is open
-	gone        bool       // removed, or about to be: nobody opens it any more
+	keys        []keyValue        // in order
+	cache       *entrycache.Cache // of the open Store; nil = none is open
+	gone        bool              // removed, or about to be: nobody opens it any more
 }
 
 type keyValue struct {
@@ -105,7 +107,7 @@ func (r *replica) dropBefore(i uint64) {
 	r.index.dropBefore(i)
 	r.first = i
 	if r.cache != nil {
-		r.cache.dropBefore(i)
+		r.cache.DropBefore(i)
 	}
 }
 
@@ -122,7 +124,7 @@ func (r *replica) dropAfter(i uint64) {
 	r.index.dropAfter(i)
 	r.last = i
 	if r.cache != nil {
-		r.cache.dropAfter(i)
+		r.cache.DropAfter(i)
 	}
 }
 
@@ -132,7 +134,7 @@ func (r *replica) reset() {
 	r.index.reset(0, 0)
 	r.first, r.last = 0, 0
 	if r.cache != nil {
-		r.cache.reset()
+		r.cache.Reset()
 	}
 }
 
@@ -166,7 +168,7 @@ func (r *replica) lookup(i uint64, out *raft.Log) (at spot, cached bool, err err
 	switch {
 	case r.first == 0 || i < r.first || i > r.last:
 		return spot{}, false, raft.ErrLogNotFound
-	case r.cache != nil && r.cache.get(i, out):
+	case r.cache != nil && r.cache.Get(i, out):
 		return spot{}, true, nil
 	}
 	return r.index.get(i), false, nil

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"kvd/shard/entrycache"
 )
 
 // Store is the log and the votes of one replica. All methods may be called concurrently. A write is durable
@@ -57,7 +59,7 @@ func (l *Log) Replica(id ID, o ReplicaOptions) (*Store, error) {
 	case rep.cache != nil:
 		return nil, fmt.Errorf("%w: %s", ErrInUse, id)
 	}
-	rep.cache = &cache{limitBytes: o.CacheBytes}
+	rep.cache = entrycache.New(o.CacheBytes)
 	return &Store{log: l, rep: rep, guard: o.Guard}, nil
 }
 
