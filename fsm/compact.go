@@ -79,18 +79,20 @@ func (s *Store) compact(sp *keyspace) bool {
 		return false
 	}
 	for next, done := "", false; !done; {
+		if !s.awaitTurn() {
+			return false
+		}
+		start := time.Now()
 		s.mu.Lock()
 		next, done, d.revisions = sp.index.Compact(next, d.revision, s.config.CompactionBatch, d.revisions)
 		s.mu.Unlock()
+		s.config.Pace.end(time.Since(start))
 		if done || len(d.revisions) >= deletionRevisions {
 			d.last = done
 			if !s.handOver(d) {
 				return false
 			}
 			d.revisions = nil
-		}
-		if !done && !s.pause() {
-			return false
 		}
 	}
 	s.mu.Lock()
@@ -99,16 +101,15 @@ func (s *Store) compact(sp *keyspace) bool {
 	return true
 }
 
-// pause lets others run between two steps. Steps of an index are short: a tenth of the pause between deletions.
-func (s *Store) pause() bool {
-	timer := time.NewTimer(s.config.CompactionPause / 10)
-	defer timer.Stop()
+// awaitTurn returns when this store may do a step; false if it stops first.
+func (s *Store) awaitTurn() bool {
 	select {
-	case <-timer.C:
+	case s.config.Pace.begin() <- struct{}{}:
 		return true
 	case <-s.stop.Done():
-		return false
+	case <-s.failed:
 	}
+	return false
 }
 
 // handOver gives the flusher rows to delete, in the order of the file, which is fastest. A key's oldest row then

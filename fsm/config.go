@@ -35,10 +35,10 @@ type Config struct {
 	// Flushes bounds how many stores write at a time; nil does not.
 	Flushes *Flushes
 
-	// CompactionBatch (1000) keys are looked at, and ten times as many rows deleted, per step of a physical
-	// compaction; CompactionPause (10 ms) lies between steps.
+	// CompactionBatch (1000) keys are looked at, or twice as many rows deleted, per step of a physical compaction.
+	// Pace says when; without one, the store does a step whenever the one before has rested as long as it took.
 	CompactionBatch int
-	CompactionPause time.Duration
+	Pace            *Pace
 
 	// InitialMmapBytes (8 GiB; 1 MiB for a witness) of address space are mapped at once, so that growing the file up to there never
 	// waits for a long read.
@@ -72,7 +72,9 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.FlushBytes, 4<<20)
 	setDefault(&c.MaxLagBytes, 64<<20)
 	setDefault(&c.CompactionBatch, 1000)
-	setDefault(&c.CompactionPause, 10*time.Millisecond)
+	if c.Pace == nil {
+		c.Pace = NewPace(1)
+	}
 	if c.Witness {
 		setDefault(&c.InitialMmapBytes, 1<<20)
 	}
@@ -92,7 +94,7 @@ func (c Config) Validate() error {
 	switch {
 	case c.Path == "":
 		return errors.New("fsm: no path")
-	case c.FlushInterval < 0, c.FlushBytes < 0, c.MaxLagBytes < 0, c.CompactionBatch < 0, c.CompactionPause < 0, c.InitialMmapBytes < 0:
+	case c.FlushInterval < 0, c.FlushBytes < 0, c.MaxLagBytes < 0, c.CompactionBatch < 0, c.InitialMmapBytes < 0:
 		return errors.New("fsm: a negative interval or size")
 	case c.MaxLagBytes != 0 && c.FlushBytes > c.MaxLagBytes:
 		return fmt.Errorf("fsm: flush size %d is above the largest lag %d", c.FlushBytes, c.MaxLagBytes)

@@ -44,15 +44,16 @@ func (s *Store) flushLoop() {
 		p.finished[i] = s.durableState.spaces[i].finished
 	}
 	for {
-		deletions := s.deletions
+		deletions, turn := s.deletions, s.config.Pace.begin()
 		if p.deletion != nil {
 			deletions = nil
-			arm(s.config.CompactionPause)
+		} else {
+			turn = nil
 		}
-		due := false
+		due, deletes := false, false
 		select {
 		case <-s.stop.Done():
-			if err := s.flush(); err != nil {
+			if err := s.flush(false); err != nil {
 				s.failFlush(err)
 			}
 			return
@@ -64,6 +65,8 @@ func (s *Store) flushLoop() {
 			due = true
 		case <-timer.C:
 			due = true
+		case turn <- struct{}{}:
+			due, deletes = true, true
 		case d := <-s.defragments:
 			d.done <- s.defragment(d.ctx)
 			if s.failedOnDisk.Load() {
@@ -75,7 +78,7 @@ func (s *Store) flushLoop() {
 		}
 		timer.Stop()
 		p.deadline = time.Time{}
-		if err := s.flush(); err != nil {
+		if err := s.flush(deletes); err != nil {
 			s.failFlush(err)
 			return
 		}
@@ -128,8 +131,9 @@ func (s *Store) takeBatch() (flushBatch, error) {
 // maxActiveCapacity is how many rows are made room for in advance, whatever the last batch had.
 const maxActiveCapacity = 1 << 16
 
-// flush waits for its turn and writes what has been applied until then.
-func (s *Store) flush() error {
+// flush waits for its turn and writes what has been applied until then. If deletes, which takes a turn of the pace, it
+// also does a step of the deletion.
+func (s *Store) flush(deletes bool) error {
 	if !s.config.faults.unlimited {
 		asked := time.Now()
 		s.config.Flushes.begin()
@@ -137,13 +141,16 @@ func (s *Store) flush() error {
 		s.metrics.turnSeconds.Add(time.Since(asked).Seconds())
 	}
 	start := time.Now()
+	if deletes {
+		defer func() { s.config.Pace.end(time.Since(start)) }()
+	}
 	b, err := s.takeBatch()
 	if err != nil {
 		return err
 	}
 	p := &s.flushed
-	if p.deletion != nil {
-		b.deletion, b.deleted = p.deletion, min(len(p.deletion.revisions), 10*s.config.CompactionBatch)
+	if deletes {
+		b.deletion, b.deleted = p.deletion, min(len(p.deletion.revisions), 2*s.config.CompactionBatch)
 		if p.deletion.last && b.deleted == len(p.deletion.revisions) {
 			p.finished[p.deletion.space] = p.deletion.revision
 		}

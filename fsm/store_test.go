@@ -19,7 +19,7 @@ import (
 
 // testConfig flushes and compacts in small steps.
 func testConfig(path string) Config {
-	return Config{Path: path, FlushInterval: time.Millisecond, CompactionPause: time.Millisecond, NoSync: true, InitialMmapBytes: 1 << 20}
+	return Config{Path: path, FlushInterval: time.Millisecond, NoSync: true, InitialMmapBytes: 1 << 20}
 }
 
 // open opens a store that is closed, and whose file is checked, when the test ends.

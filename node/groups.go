@@ -71,7 +71,8 @@ func (n *Node) freshMap(ctx context.Context) (*placement.Map, error) {
 type groups struct {
 	n       *Node
 	flushes *fsm.Flushes                              // shared by the states
-	streams *snapshot.Limit                           // shared by the replicas
+	pace    *fsm.Pace                                 // shared by the states, group 0's too
+	streams *snapshot.Limit                           // shared by the replicas and backups
 	current atomic.Pointer[placement.Map]             // as this node knows it
 	routes  atomic.Pointer[routes]                    // by the same
 	usable  atomic.Pointer[map[uint64]*shard.Replica] // by group: voters with state
@@ -94,7 +95,7 @@ const (
 
 func newGroups(n *Node) *groups {
 	g := &groups{
-		n: n, flushes: fsm.NewFlushes(flushesAtOnce), streams: snapshot.NewLimit(streamsAtOnce),
+		n: n, flushes: fsm.NewFlushes(flushesAtOnce), pace: fsm.NewPace(compactionRests), streams: snapshot.NewLimit(streamsAtOnce, streamBytes),
 		open: make(map[placement.ReplicaRef]*shard.Replica), lost: make(map[placement.ReplicaRef]bool), onDisk: make(map[placement.ReplicaRef]bool),
 	}
 	g.follow(&placement.Map{})
@@ -265,14 +266,18 @@ const (
 	shardMmapBytes     = 1 << 30
 	shardCacheBytes    = 1 << 20
 	flushesAtOnce      = 4
-	streamsAtOnce      = 4
+	// compactionRests is how much longer than it works the compaction of all states together rests: a million
+	// revisions take about as long as in etcd, and puts do not notice.
+	compactionRests = 8
+	streamsAtOnce   = 4
+	// streamBytes is how much all snapshots and backups of a node send per second.
+	streamBytes = 64 << 20
 )
 
 // shardConfig describes a replica of a shard.
 func (g *groups) shardConfig(r placement.ReplicaRef) shard.Config {
 	cfg := g.n.replicaConfig(r, shardCacheBytes)
 	cfg.Sequencer = g.n.sequences
-	cfg.Streams = g.streams
 	cfg.State.Flushes = g.flushes
 	cfg.State.FlushInterval = shardFlushInterval
 	cfg.State.MaxLagBytes = shardMaxLagBytes

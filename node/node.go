@@ -167,6 +167,7 @@ func (n *Node) connect(l *listeners) error {
 		Members:      membership{n},
 		Services:     func(s grpc.ServiceRegistrar) { kvdpb.RegisterAdminServer(s, newAdmin(n)) },
 		TempDir:      n.cfg.DataDir,
+		Streams:      n.groups.streams,
 		NoSpace:      newDiskGuard(n.log, n.cfg.DataDir, n.freeBytes, n.cfg.MinDiskFree).full,
 		TLS:          clientTLS,
 		OnlyGRPCGo:   n.cfg.GRPCServer == GRPCServerGo,
@@ -261,7 +262,8 @@ func (n *Node) replicaConfig(r placement.ReplicaRef, cacheBytes int) shard.Confi
 			return g, err
 		},
 		OpenLog:          func(guard func() uint64) (shard.LogStore, error) { return n.logs.open(r, guard, cacheBytes) },
-		State:            fsm.Config{NoSync: n.cfg.NoSync},
+		State:            fsm.Config{NoSync: n.cfg.NoSync, Pace: n.groups.pace},
+		Streams:          n.groups.streams,
 		HeartbeatTimeout: n.cfg.HeartbeatTimeout, ElectionTimeout: n.cfg.ElectionTimeout,
 		SnapshotEntries: n.cfg.SnapshotEntries, SnapshotBytes: n.cfg.SnapshotBytes, TrailingEntries: n.cfg.TrailingEntries,
 		OnFatal: n.cfg.OnFatal, Logger: n.log, Registerer: n.cfg.Registry,

@@ -57,7 +57,7 @@ func (s *maintenance) sendSnapshot(ctx context.Context, state *fsm.Store, stream
 func (s *maintenance) sender(ctx context.Context, stream grpc.ServerStreamingServer[pb.SnapshotResponse]) func(*bbolt.Tx, snapshot.Meta) error {
 	return func(tx *bbolt.Tx, meta snapshot.Meta) error {
 		w := &snapshotWriter{router: s.router, stream: stream, left: snapshot.StreamSize(tx, meta), digest: sha256.New()}
-		n, err := snapshot.WriteStream(ctx, w, tx, meta)
+		n, err := snapshot.WriteStream(ctx, s.router.cfg.Streams.Writer(ctx, w), tx, meta)
 		s.router.metrics.snapshotBytes.Add(float64(n))
 		if err != nil {
 			return err

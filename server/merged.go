@@ -140,9 +140,12 @@ func (s *maintenance) rowsOf(g gate, upTo int64, pageBytes int) fsm.RowsSource {
 			page, err = r.rowsThere(ctx, node, g, cursor, upTo, pageBytes)
 			return err
 		}
-		ctx, cancel := context.WithTimeout(ctx, rowsTimeout)
+		attempt, cancel := context.WithTimeout(ctx, rowsTimeout)
 		defer cancel()
-		return page, r.onState(ctx, g.group, g.node, here, there)
+		if err := r.onState(attempt, g.group, g.node, here, there); err != nil {
+			return page, err
+		}
+		return page, r.cfg.Streams.Wait(ctx, len(page.Rows))
 	}
 }
 

@@ -29,6 +29,7 @@ import (
 	"kvd/fsm"
 	"kvd/server/h2"
 	"kvd/shard"
+	"kvd/snapshot"
 )
 
 // Replica is this node's replica of a group; *shard.Replica is one. Its
@@ -98,6 +99,9 @@ type Config struct {
 	// disk that has the room for them; "" = the system's. Only one Server may use
 	// a TempDir: New removes what a crash has left of backups there.
 	TempDir string
+
+	// Streams says how fast backups are made and sent; nil = as fast as possible.
+	Streams *snapshot.Limit
 
 	TLS *tls.Config // for gRPC and HTTP; nil = plain text
 	// OnlyGRPCGo has grpc-go serve all calls of clients, and package h2 none.

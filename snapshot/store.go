@@ -66,32 +66,6 @@ type Store struct {
 	holds  map[*stream]hold
 }
 
-// Limit bounds how many streams are open at a time. A node that has been away lags in all its groups, and their
-// leaders would all stream to it at once.
-type Limit struct{ slots chan struct{} }
-
-// NewLimit returns a Limit of n streams, at least one.
-func NewLimit(n int) *Limit { return &Limit{slots: make(chan struct{}, max(1, n))} }
-
-// enter waits for room.
-func (l *Limit) enter(ctx context.Context) error {
-	if l == nil {
-		return nil
-	}
-	select {
-	case l.slots <- struct{}{}:
-		return nil
-	case <-ctx.Done():
-		return ErrClosed
-	}
-}
-
-func (l *Limit) leave() {
-	if l != nil {
-		<-l.slots
-	}
-}
-
 // hold keeps log entries from index on, until the time expires if that is set.
 type hold struct {
 	index   uint64
@@ -289,7 +263,7 @@ func (r *stream) run(ctx context.Context) {
 		size := StreamSize(tx, meta)
 		r.store.raise(r, meta.Index)
 		r.opened <- raftMeta(meta, size)
-		n, err := WriteStream(ctx, r.feed, tx, meta)
+		n, err := WriteStream(ctx, r.store.limit.Writer(ctx, r.feed), tx, meta)
 		r.store.metrics.bytes.Add(float64(n))
 		if err == nil && n != size {
 			err = fmt.Errorf("snapshot: wrote %d bytes instead of %d", n, size)

@@ -387,7 +387,7 @@ func TestConcurrentStreams(t *testing.T) {
 // Stores that share a Limit wait for each other's streams, and hold nothing while they wait.
 func TestALimitBoundsTheStreamsOfAllStores(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		limit := NewLimit(2)
+		limit := NewLimit(2, 0)
 		var stores []*Store
 		for range 5 {
 			stores = append(stores, NewStore(newSource(t, 10), Config{Limit: limit, Linger: -1}))
