@@ -2,6 +2,7 @@ package ring
 
 import (
 	"bytes"
+	"encoding/binary"
 
 	"github.com/cespare/xxhash/v2"
 )
@@ -29,3 +30,9 @@ func ShardOf(key []byte, shards int) int {
 
 // Shard returns the key's shard.
 func (r *Ring) Shard(key []byte) int { return ShardOf(key, r.config.Shards) }
+
+// ShardOfLease returns the shard that is a lease's home: it depends on nothing
+// but all eight bytes of the id and the number of shards, which must be positive.
+func ShardOfLease(id int64, shards int) int {
+	return int(xxhash.Sum64(binary.BigEndian.AppendUint64(nil, uint64(id))) % uint64(shards))
+}
