@@ -198,7 +198,7 @@ func (l *Lessor) Checkpoints(max int) []Checkpoint {
 		if e.index < 0 || e.given || e.lease.Ending { // gone, or about to be
 			continue
 		}
-		if remaining := seconds(e.deadline - now); remaining > 0 && remaining < e.lease.TTL {
+		if remaining := seconds(e.deadline - now); e.deadline > now && remaining < e.lease.TTL {
 			e.noted++
 			out = append(out, Checkpoint{e.lease, remaining})
 			e.since = now
@@ -266,6 +266,7 @@ func saturated(a, b time.Duration) time.Duration {
 	return a + b
 }
 
+// seconds rounds up.
 func seconds(d time.Duration) int64 {
 	return int64((d-1)/time.Second) + 1
 }
