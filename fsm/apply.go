@@ -130,7 +130,11 @@ func (s *Store) applyEntry(term uint64, e entry) ([]Result, error) {
 	}
 	a := application{store: s, entry: e, results: results, puts: make([]putResponse, e.puts), reads: allowance{bytes: entryReadBytes}}
 	for i := 0; i < len(e.commands); {
+		before := len(s.spaces[User].active)
 		n, err := a.apply(i)
+		if err == nil {
+			err = s.publish(before)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("request %d: %w", i, err)
 		}

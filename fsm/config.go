@@ -62,6 +62,11 @@ type faults struct {
 	unjudged        bool                  // pages of rows have what compactions made unreadable
 	nameNotSynced   func() error          // the name of a defragmented file cannot be made durable
 	copying         func()                // called before a defragmentation copies
+	publishing      func()                // called when changes can be read and have not been published
+	catchingUp      func()                // called before a lagging watch reads what its view shows
+	watchGap        bool                  // a watch does not read what was published while it read the history
+	watchTwice      bool                  // a watch is given what it has read already
+	watchSplit      func()                // called between two changes of a transaction, which the feeds can see
 }
 
 func (c Config) withDefaults() Config {

@@ -26,8 +26,9 @@ import (
 // What has been applied is visible to reads at once and durable later: a crash loses what is above DurableIndex,
 // and the raft log must still have it.
 //
-// Three locks, taken in this order: applyMu is held while an entry is applied, so that a flush takes whole entries;
-// mu guards what readers look at and is held only for short steps in memory; the watermarks' own. None is held
+// Four locks, taken in this order: applyMu is held while an entry is applied, so that a flush takes whole entries;
+// the hub's guards the watches; mu guards what readers look at and is held only for short steps in memory; the
+// watermarks' own. None is held
 // while waiting for anything but bbolt reads.
 type Store struct {
 	config    Config
@@ -55,6 +56,7 @@ type Store struct {
 	durableConfig raft.Configuration
 	epoch         *readEpoch
 
+	hub          *hub
 	applied      watermark // index
 	durable      watermark // index
 	pendingBytes atomic.Int64
@@ -140,7 +142,7 @@ func Open(config Config) (*Store, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("load %s: %w", config.Path, err), f.db.Close())
 	}
-	s.path, s.metrics = config.Path, newMetrics(config.Registerer)
+	s.path, s.metrics, s.hub = config.Path, newMetrics(config.Registerer), newHub(&s.config.faults)
 	s.file.Store(f)
 	signal(s.compactNow)
 	s.background.Go(s.flushLoop)
@@ -214,6 +216,7 @@ func (s *Store) Moved(path string) {
 // applied, so that nothing may be written; the entries above DurableIndex are then only in the log.
 func (s *Store) Close() error {
 	s.closeOnce.Do(func() {
+		s.hub.end(true)
 		s.stopNow()
 		s.background.Wait()
 		s.fail(ErrClosed)

@@ -349,6 +349,7 @@ func (s *state) retire() error {
 	s.retired = true
 	last := s.refs == 0
 	s.mu.Unlock()
+	s.store.Retire() // those who watch it go on in the next life's
 	if last {
 		return s.close()
 	}

@@ -200,6 +200,70 @@ func (x *Index) Scan(span Span, from string, rev int64, budget int, visit func(k
 	return next, done
 }
 
+// Change is one change of one key.
+type Change struct {
+	Key   string
+	Stamp Stamp
+}
+
+// Changes appends what changed from revision low to high in the next keys of span, from key from on, until it has
+// looked at budget keys; of each key at most the first limit changes. Those before complete, which is above high
+// unless the limit was met, are all that the keys have. If done is false, next is where to go on.
+func (x *Index) Changes(span Span, from string, low, high int64, budget, limit int, into []Change) (_ []Change, complete int64, next string, done bool) {
+	complete, done = high+1, true
+	visit := func(key string, h *history) {
+		var cut int64
+		into, cut = h.between(key, low, high, limit, into)
+		complete = min(complete, cut)
+	}
+	if span.Single {
+		if h, ok := x.keys.Get(span.Start); ok {
+			visit(span.Start, h)
+		}
+		return into, complete, "", true
+	}
+	x.keys.Ascend(from, func(key string, h *history) bool {
+		if !span.Unbounded && key >= span.End {
+			return false
+		}
+		if budget == 0 {
+			next, done = key, false
+			return false
+		}
+		budget--
+		if h.newest.Main >= low {
+			visit(key, h)
+		}
+		return true
+	})
+	return into, complete, next, done
+}
+
+// between appends the first limit changes from revision low to high. All before the revision that it returns are
+// among them.
+func (h *history) between(key string, low, high int64, limit int, into []Change) ([]Change, int64) {
+	if h.older != nil {
+		older := *h.older
+		for _, s := range older[sort.Search(len(older), func(i int) bool { return older[i].Main >= low }):] {
+			if s.Main > high {
+				return into, high + 1
+			}
+			if limit == 0 {
+				return into, s.Main
+			}
+			into = append(into, Change{key, s})
+			limit--
+		}
+	}
+	switch {
+	case h.newest.Main < low || h.newest.Main > high:
+		return into, high + 1
+	case limit == 0:
+		return into, h.newest.Main
+	}
+	return append(into, Change{key, h.newest}), high + 1
+}
+
 // Compact removes what reads at rev or later cannot see from the next keys, from key from on, until it has looked
 // at about budget keys and changes. It appends the revisions whose rows are no longer needed to dropped, those of
 // one key oldest first. If done is false, next is where to go on.
@@ -246,4 +310,13 @@ func NewSpan(key, rangeEnd []byte) Span {
 		Single:    len(rangeEnd) == 0,
 		Unbounded: len(rangeEnd) == 1 && rangeEnd[0] == 0,
 	}
+}
+
+// Contains says whether a key is in the span.
+func (s Span) Contains(key []byte) bool {
+	k := alias(key)
+	if s.Single {
+		return k == s.Start
+	}
+	return k >= s.Start && (s.Unbounded || k < s.End)
 }

@@ -77,6 +77,13 @@ func DecodeRow(data []byte, kv *mvccpb.KeyValue) error {
 	return decodeRow(data, kv, fieldLease)
 }
 
+// RowKey reads the key of a stored row, which it aliases.
+func RowKey(data []byte) ([]byte, error) {
+	var kv mvccpb.KeyValue
+	err := decodeRow(data, &kv, fieldKey)
+	return kv.Key, err
+}
+
 // DecodeStamp reads what the index needs of the stored row of r. The key aliases data.
 func DecodeStamp(data []byte, r Revision, tombstone bool) (key []byte, s Stamp, err error) {
 	var kv mvccpb.KeyValue

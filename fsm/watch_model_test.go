@@ -1,0 +1,351 @@
+package fsm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"testing"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"google.golang.org/protobuf/proto"
+
+	"kvd/fsm/mvcc"
+)
+
+// modelEvent is a change as a watch must see it.
+type modelEvent struct {
+	revision   int64
+	key, value string
+	deleted    bool
+}
+
+// eventLog is all changes of a state, as a simple model makes them.
+type eventLog struct {
+	*generator
+	values    map[string]string
+	events    []modelEvent
+	revision  int64
+	compacted int64
+	floors    bool
+}
+
+func newEventLog(seed uint64) *eventLog {
+	return &eventLog{generator: newGenerator(seed), values: map[string]string{}, revision: 1, compacted: -1, floors: seed%2 == 0}
+}
+
+// limits are small, so that all ways to read history are taken.
+func (l *eventLog) limits() historyLimits {
+	return historyLimits{rows: 2 + l.IntN(40), near: l.Int64N(40), keys: 1 + l.IntN(2*scanBudget), changes: 1 + l.IntN(100), whole: 300 + l.IntN(2000)}
+}
+
+func (l *eventLog) put(rev int64, key, value string) {
+	l.values[key] = value
+	l.events = append(l.events, modelEvent{rev, key, value, false})
+}
+
+// remove deletes what is in a range, and says whether that was anything.
+func (l *eventLog) remove(rev int64, span mvcc.Span) bool {
+	var keys []string
+	for key := range l.values {
+		if span.Contains([]byte(key)) {
+			keys = append(keys, key)
+		}
+	}
+	slices.Sort(keys)
+	for _, key := range keys {
+		delete(l.values, key)
+		l.events = append(l.events, modelEvent{revision: rev, key: key, deleted: true})
+	}
+	return len(keys) > 0
+}
+
+// change makes a command and applies it to the model as revision rev.
+func (l *eventLog) change(rev int64) proto.Message {
+	switch n := l.IntN(20); {
+	case n < 9:
+		p := put(string(l.key()), fmt.Sprint("v", l.IntN(1000), string(bytes.Repeat([]byte("x"), l.IntN(100)))))
+		p.PrevKv = l.oneIn(4)
+		l.put(rev, string(p.Key), string(p.Value))
+		l.advance(rev)
+		return p
+	case n < 13:
+		d := &pb.DeleteRangeRequest{Key: l.key(), RangeEnd: l.rangeEnd()}
+		if l.remove(rev, mvcc.NewSpan(d.Key, d.RangeEnd)) {
+			l.advance(rev)
+		}
+		return d
+	case n < 18:
+		return l.transaction(rev)
+	case n == 18:
+		at := max(1, l.compacted) + l.Int64N(l.revision-max(1, l.compacted)+1)
+		if at > l.compacted {
+			l.compacted = at
+			if l.floors {
+				l.advance(rev)
+			}
+		}
+		return &pb.CompactionRequest{Revision: at}
+	}
+	return nil
+}
+
+func (l *eventLog) advance(rev int64) { l.revision = rev }
+
+// transaction changes several keys, each once, as servers see to.
+func (l *eventLog) transaction(rev int64) *pb.TxnRequest {
+	r := &pb.TxnRequest{}
+	used := map[string]bool{}
+	for range 1 + l.IntN(8) {
+		key := string(l.key())
+		if used[key] {
+			continue
+		}
+		used[key] = true
+		if l.oneIn(3) {
+			r.Success = append(r.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)}}})
+			if l.remove(rev, mvcc.NewSpan([]byte(key), nil)) {
+				l.advance(rev)
+			}
+			continue
+		}
+		value := fmt.Sprint("t", l.IntN(1000))
+		r.Success = append(r.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: put(key, value)}})
+		l.put(rev, key, value)
+		l.advance(rev)
+	}
+	return r
+}
+
+// entry makes a random entry.
+func (l *eventLog) entry(t testing.TB) []byte {
+	var b EntryBuilder
+	floor := l.revision + 1 + l.Int64N(3)
+	if l.floors {
+		b.SetFloor(floor, 1)
+	}
+	for i := range l.IntN(6) {
+		if !l.floors && l.oneIn(8) {
+			b.Add(Request{Space: System, Data: request(t, put("system", "x")).Data})
+			continue
+		}
+		rev := l.revision + 1
+		if l.floors {
+			rev = floor + int64(i)
+		}
+		b.Add(request(t, l.change(rev)))
+		if l.floors {
+			l.revision = max(l.revision, rev-1)
+		}
+	}
+	return b.Bytes()
+}
+
+// expected is what a watch of span must see next from revision next on.
+func (l *eventLog) expected(span mvcc.Span, next int64) []modelEvent {
+	from, _ := slices.BinarySearchFunc(l.events, next, func(e modelEvent, rev int64) int { return int(e.revision - rev) })
+	var all []modelEvent
+	for _, e := range l.events[from:] {
+		if span.Contains([]byte(e.key)) {
+			all = append(all, e)
+		}
+	}
+	return all
+}
+
+// follower is what a client knows of its watch.
+type follower struct {
+	span  mvcc.Span
+	next  int64 // everything before has come
+	parts int   // of next's transaction, events that have come
+	ended bool
+}
+
+func newFollower(key, end []byte, from int64) *follower {
+	return &follower{span: mvcc.NewSpan(key, end), next: from}
+}
+
+// check compares a delivery with what the follower must get next.
+func (w *follower) check(l *eventLog, d Delivery) error {
+	if w.ended {
+		return errors.New("a delivery after the end")
+	}
+	if d.Compacted > 0 {
+		w.ended = true
+		if d.Compacted <= w.next || d.Compacted > l.compacted || len(d.Events) > 0 {
+			return fmt.Errorf("compacted %d (of %d) at %d", d.Compacted, l.compacted, w.next)
+		}
+		return nil
+	}
+	want := l.expected(w.span, w.next)
+	want = want[min(w.parts, len(want)):]
+	if len(d.Events) == 0 || len(d.Events) > len(want) {
+		return fmt.Errorf("at %d: %d events, at most %d expected: %v", w.next, len(d.Events), len(want), d.Events)
+	}
+	for i, e := range d.Events {
+		if err := want[i].check(e); err != nil {
+			return fmt.Errorf("from %d, event %d: %w", w.next, i, err)
+		}
+	}
+	last := d.Events[len(d.Events)-1].Kv.ModRevision
+	rest := want[len(d.Events):]
+	torn := len(rest) > 0 && rest[0].revision == last
+	switch {
+	case d.More:
+		if d.Next != last || !torn {
+			return fmt.Errorf("more of %d is to come at %d: %v", last, d.Next, torn)
+		}
+		if w.next != last {
+			w.parts = 0
+		}
+		for _, e := range d.Events {
+			if e.Kv.ModRevision == last {
+				w.parts++
+			}
+		}
+		w.next = last
+		return nil
+	case torn:
+		return fmt.Errorf("transaction %d was split: %d events", last, len(d.Events))
+	case d.Next <= last, len(rest) > 0 && d.Next > rest[0].revision:
+		return fmt.Errorf("next is %d after %d, before %v", d.Next, last, rest[:min(1, len(rest))])
+	}
+	w.next, w.parts = d.Next, 0
+	return nil
+}
+
+func (e modelEvent) check(got *mvccpb.Event) error {
+	kv := got.Kv
+	ok := string(kv.Key) == e.key && string(kv.Value) == e.value && kv.ModRevision == e.revision && (got.Type == mvccpb.Event_DELETE) == e.deleted &&
+		got.PrevKv == nil && (kv.Version > 0) != e.deleted && (kv.CreateRevision > 0) != e.deleted
+	if !ok {
+		return fmt.Errorf("got %v, want %+v", got, e)
+	}
+	return nil
+}
+
+// followed is a feed and what its watches must see.
+type followed struct {
+	*Feed
+	watches map[int64]*follower
+	lastID  int64
+}
+
+func follow(s *Store, maxBytes int64) *followed {
+	return &followed{Feed: s.NewFeed(maxBytes), watches: map[int64]*follower{}}
+}
+
+// watch adds a watch of a random range from a random revision.
+func (f *followed) watch(t *testing.T, l *eventLog) {
+	t.Helper()
+	key, end := l.key(), l.rangeEnd()
+	from := l.revision + 1
+	switch l.IntN(4) {
+	case 0:
+		from = max(1, l.compacted-1) + l.Int64N(l.revision-max(0, l.compacted-1)+1)
+	case 1:
+		from += l.Int64N(4)
+	}
+	f.lastID++
+	err := f.Watch(f.lastID, key, end, from)
+	if from < l.compacted {
+		var compacted *CompactedError
+		if !errors.Is(err, ErrCompacted) || !errors.As(err, &compacted) || compacted.Revision != l.compacted {
+			t.Fatalf("watch from %d, compacted %d: %v", from, l.compacted, err)
+		}
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.watches[f.lastID] = newFollower(key, end, from)
+}
+
+// take calls Take once, and says whether there was anything.
+func (f *followed) take(ctx context.Context, l *eventLog, maxBytes int) (bool, error) {
+	all, err := f.Take(ctx, maxBytes)
+	if err != nil {
+		return false, err
+	}
+	for _, d := range all {
+		w := f.watches[d.ID]
+		if w == nil {
+			return false, fmt.Errorf("a delivery for watch %d, which is not there", d.ID)
+		}
+		if err := w.check(l, d); err != nil {
+			return false, fmt.Errorf("watch %d of %q..%q: %w", d.ID, w.span.Start, w.span.End, err)
+		}
+		if w.ended {
+			delete(f.watches, d.ID)
+		} else if got := f.Next(d.ID); got < d.Next {
+			return false, fmt.Errorf("watch %d: next is %d after a delivery with %d", d.ID, got, d.Next)
+		}
+	}
+	return len(all) > 0, f.checkProgress(l)
+}
+
+// checkProgress: what counts as taken has been delivered.
+func (f *followed) checkProgress(l *eventLog) error {
+	revision, ok := f.Progress()
+	for id, w := range f.watches {
+		next := f.Next(id)
+		if want := l.expected(w.span, w.next); len(want) > w.parts && (ok && want[0].revision <= revision || want[0].revision < next) {
+			return fmt.Errorf("progress %d, %t, next %d, but watch %d has not seen %v", revision, ok, next, id, want[0])
+		}
+	}
+	return nil
+}
+
+// takeAll takes until there is nothing: then everything applied has come.
+func (f *followed) takeAll(ctx context.Context, l *eventLog, maxBytes int) error {
+	for {
+		more, err := f.take(ctx, l, maxBytes)
+		if err != nil {
+			return err
+		}
+		if !more {
+			break
+		}
+	}
+	if revision, ok := f.Progress(); !ok || revision != l.revision {
+		return fmt.Errorf("progress %d, %t at revision %d with nothing to take", revision, ok, l.revision)
+	}
+	for id, w := range f.watches {
+		if want := l.expected(w.span, w.next); len(want) > 0 {
+			return fmt.Errorf("watch %d has not seen %v", id, want)
+		}
+	}
+	return nil
+}
+
+// moveTo goes on in another store, as after the installation of a snapshot.
+func (f *followed) moveTo(t *testing.T, l *eventLog, s *Store, maxBytes int64) *followed {
+	t.Helper()
+	next := follow(s, maxBytes)
+	for id, w := range f.watches {
+		next.lastID++
+		from := f.Next(id)
+		if from < w.next {
+			t.Fatalf("watch %d goes back from %d to %d", id, w.next, from)
+		}
+		w.next, w.parts = from, 0
+		err := next.Watch(next.lastID, []byte(w.span.Start), rangeEndOf(w.span), from)
+		switch {
+		case err == nil:
+			next.watches[next.lastID] = w
+		case !errors.Is(err, ErrCompacted) || from >= l.compacted:
+			t.Fatal(err)
+		}
+	}
+	f.Close()
+	return next
+}
+
+func rangeEndOf(span mvcc.Span) []byte {
+	if span.Single {
+		return nil
+	}
+	return []byte(span.End)
+}
