@@ -20,6 +20,8 @@ type metrics struct {
 	requests, rows, deletedRows  prometheus.Counter
 	stallSeconds, flushedRowData prometheus.Counter
 	turnSeconds                  prometheus.Counter
+	watches                      prometheus.Gauge
+	watchEvents, laggingWatches  prometheus.Counter
 }
 
 func newMetrics(r prometheus.Registerer) *metrics {
@@ -57,6 +59,9 @@ func newMetrics(r prometheus.Registerer) *metrics {
 	m.deletedRows = counter("compacted_rows_total", "Rows deleted by compaction.")
 	m.turnSeconds = counter("flush_wait_seconds_total", "Time that flushes have waited for those of other groups.")
 	m.stallSeconds = counter("apply_stall_seconds_total", "Time that apply has waited for the disk.")
+	m.watches = gauge("watches_count", "Watches of client keys.")
+	m.watchEvents = counter("watch_events_total", "Events that were queued for watches as they happened.")
+	m.laggingWatches = counter("watch_lagging_total", "Watches that were put back to reading the history, because their consumer was too slow.")
 	return metricset.Join(r, m)
 }
 

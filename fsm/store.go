@@ -142,7 +142,8 @@ func Open(config Config) (*Store, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("load %s: %w", config.Path, err), f.db.Close())
 	}
-	s.path, s.metrics, s.hub = config.Path, newMetrics(config.Registerer), newHub(&s.config.faults)
+	s.path, s.metrics = config.Path, newMetrics(config.Registerer)
+	s.hub = newHub(s.metrics, &s.config.faults)
 	s.file.Store(f)
 	signal(s.compactNow)
 	s.background.Go(s.flushLoop)

@@ -171,8 +171,8 @@ func (f *Feed) Progress() (revision int64, ok bool) {
 func (f *Feed) Take(ctx context.Context, maxBytes int) ([]Delivery, error) {
 	left := max(1, maxBytes)
 	var out []Delivery
-	for {
-		w, err := f.takeQueued(&out, &left)
+	for begin := true; ; begin = false {
+		w, err := f.takeQueued(&out, &left, begin)
 		if w != nil {
 			err = f.catchUp(ctx, w, &out, &left)
 		}
@@ -186,24 +186,28 @@ func (f *Feed) Take(ctx context.Context, maxBytes int) ([]Delivery, error) {
 }
 
 // takeQueued takes what is in memory, and then returns a watch to read the history for, if any lags and there is room
-// left.
-func (f *Feed) takeQueued(out *[]Delivery, left *int) (*watch, error) {
+// left. At the beginning of a Take, half of the room is kept for those that lag.
+func (f *Feed) takeQueued(out *[]Delivery, left *int, begin bool) (*watch, error) {
 	h := f.hub
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.closed || f.closed {
 		return nil, ErrClosed
 	}
+	kept := 0
+	if begin && len(f.lagging) > 0 {
+		kept = *left / 2
+	}
 	n := 0
-	for ; n < len(f.pending) && *left > 0; n++ {
+	for end := len(f.pending); n < end && *left > kept; n++ {
 		w := f.pending[n]
-		if len(w.queue) > 0 {
-			*out = append(*out, w.take(left))
-		}
-		if len(w.queue) > 0 {
-			break
-		}
 		w.isPending = false
+		if len(w.queue) > 0 {
+			*out = append(*out, w.take(left, kept))
+		}
+		if len(w.queue) > 0 {
+			f.pend(w) // after the others
+		}
 	}
 	f.pending = slices.Delete(f.pending, 0, n)
 	for *left > 0 && len(f.lagging) > 0 {

@@ -224,7 +224,7 @@ func TestWideHistory(t *testing.T) {
 			}
 		}
 	}
-	for name, limits := range map[string]historyLimits{"defaults": defaults, "small": {rows: 100, near: 10, keys: 200, changes: 300, whole: 1 << 20}} {
+	for name, limits := range map[string]historyLimits{"defaults": defaults, "small": {rows: 100, near: 10, keys: 200, batch: 50, changes: 300, perKey: 50, whole: 1 << 20}} {
 		t.Run(name, func(t *testing.T) {
 			s.hub.limits = limits
 			f := follow(s.Store, 1<<20)

@@ -16,11 +16,13 @@ type historyLimits struct {
 	rows    int   // looked at, except that a transaction is finished
 	near    int64 // a range that is not so many revisions behind looks at all rows
 	keys    int   // so does a range of more keys than this
-	changes int   // taken from the index, about
+	batch   int   // keys looked at in one hold of the lock
+	changes int   // of a range, taken from the index, about
+	perKey  int   // changes of one key; of each key of a range a 32nd, because the lock is held for many
 	whole   int   // bytes of a transaction's events for one watch, after which it comes in parts
 }
 
-var defaultHistoryLimits = historyLimits{rows: 1 << 14, near: 1 << 10, keys: 1 << 10, changes: 1 << 13, whole: 16 << 20}
+var defaultHistoryLimits = historyLimits{rows: 1 << 14, near: 1 << 10, keys: 1 << 10, batch: scanBudget, changes: 1 << 13, perKey: 1 << 10, whole: 16 << 20}
 
 // history is one step of reading a watch's changes back. Its view keeps compactions from what it reads.
 type history struct {
@@ -90,6 +92,7 @@ func (h *history) read(ctx context.Context) error {
 		if ok {
 			return h.fetch(ctx, changes)
 		}
+		h.next = h.to + 1
 	}
 	return h.scan(ctx)
 }
@@ -98,11 +101,11 @@ func (h *history) read(ctx context.Context) error {
 // next.
 func (h *history) collect(ctx context.Context) (changes []mvcc.Change, ok bool, err error) {
 	s, index := h.view.store, &h.view.space.index
-	perKey := h.limits.changes
+	perKey := h.limits.perKey
 	if !h.span.Single {
 		perKey = perKey/32 + 1
 	}
-	for from, done, keys := h.span.Start, false, 0; !done; keys += scanBudget {
+	for from, done, keys := h.span.Start, false, 0; !done; keys += h.limits.batch {
 		if err := ctx.Err(); err != nil {
 			return nil, false, err
 		}
@@ -111,12 +114,11 @@ func (h *history) collect(ctx context.Context) (changes []mvcc.Change, ok bool, 
 		}
 		var next int64
 		s.mu.RLock()
-		changes, next, from, done = index.Changes(h.span, from, h.from.Main, h.to, scanBudget, perKey, changes)
+		changes, next, from, done = index.Changes(h.span, from, h.from.Main, h.to, h.limits.batch, perKey, changes)
 		s.mu.RUnlock()
 		h.next = min(h.next, next)
 	}
 	if h.next <= h.from.Main {
-		h.next = h.to + 1
 		return nil, false, nil
 	}
 	if !h.span.Single {

@@ -24,6 +24,7 @@ type hub struct {
 	scans    chan struct{} // slots for reading the history of ranges
 	done     chan struct{}
 	limits   historyLimits
+	metrics  *metrics
 	faults   *faults
 
 	// All below is under mu, which comes after Store.applyMu and before Store.mu.
@@ -73,10 +74,10 @@ const (
 	eventBytes = 232
 )
 
-func newHub(faults *faults) *hub {
+func newHub(m *metrics, faults *faults) *hub {
 	b := &[2]bound{}
 	return &hub{
-		faults: faults, limits: defaultHistoryLimits, scans: make(chan struct{}, rangeScans), done: make(chan struct{}),
+		metrics: m, faults: faults, limits: defaultHistoryLimits, scans: make(chan struct{}, rangeScans), done: make(chan struct{}),
 		keys: map[string]*audience{}, ranges: adt.NewIntervalTree(), point: adt.Interval{Begin: &b[0], End: &b[1]},
 	}
 }
@@ -102,6 +103,7 @@ func (h *hub) end(closed bool) {
 // here, because the revision is looked at later. If it sees this one, it publishes what is counted already, which
 // nobody has asked for.
 func (h *hub) enter(s *Store) (compacted int64) {
+	h.metrics.watches.Inc()
 	first := h.watching.Add(1) == 1
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -111,7 +113,10 @@ func (h *hub) enter(s *Store) (compacted int64) {
 	return s.spaces[User].compacted
 }
 
-func (h *hub) leave() { h.watching.Add(-1) }
+func (h *hub) leave() {
+	h.watching.Add(-1)
+	h.metrics.watches.Dec()
+}
 
 // attach queues changes for a watch from now on. Those before its live revision, if it needs any, are published and
 // can be read.
@@ -187,9 +192,11 @@ func (s *Store) publish(from int) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	queued := 0
+	defer func() { h.metrics.watchEvents.Add(float64(queued)) }()
 	for rows := sp.active[from:]; len(rows) > 0; {
 		if queued > publishStep {
 			h.mu.Unlock()
+			h.metrics.watchEvents.Add(float64(queued))
 			queued = 0
 			h.mu.Lock()
 		}
@@ -274,6 +281,7 @@ func (w *watch) enqueue(alone []*mvccpb.Event) {
 				w.next = w.queue[0].Kv.ModRevision
 			}
 		}
+		f.hub.metrics.laggingWatches.Inc()
 		f.hub.detach(w)
 		f.lag(w)
 		return
@@ -289,14 +297,14 @@ func (w *watch) enqueue(alone []*mvccpb.Event) {
 	}
 }
 
-// take hands out what is queued, or the first transactions of it, one at least, that fill left.
-func (w *watch) take(left *int) Delivery {
+// take hands out what is queued, or the first transactions of it, one at least, that bring left down to kept.
+func (w *watch) take(left *int, kept int) Delivery {
 	d := Delivery{ID: w.id, Events: w.queue, Next: w.feed.hub.published + 1}
 	bytes := w.bytes
 	w.queue = nil
-	if int(bytes) > *left {
+	if room := int64(*left - kept); bytes > room {
 		var n int
-		n, bytes = split(d.Events, int64(*left))
+		n, bytes = split(d.Events, room)
 		if n < len(d.Events) {
 			d.Events, w.queue = d.Events[:n:n], d.Events[n:]
 			d.Next = w.queue[0].Kv.ModRevision
