@@ -15,6 +15,8 @@ import (
 
 	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
 	"go.etcd.io/etcd/api/v3/etcdserverpb/gw"
+	electiongw "go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb/gw"
+	lockgw "go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb/gw"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/test/bufconn"
@@ -51,6 +53,7 @@ func newGateway(server *grpc.Server, maxRequestBytes int) (*gateway, error) {
 	for _, register := range []func(context.Context, *runtime.ServeMux, *grpc.ClientConn) error{
 		gw.RegisterKVHandler, gw.RegisterWatchHandler, gw.RegisterLeaseHandler,
 		gw.RegisterClusterHandler, gw.RegisterMaintenanceHandler, gw.RegisterAuthHandler,
+		lockgw.RegisterLockHandler, electiongw.RegisterElectionHandler,
 	} {
 		if err := register(context.Background(), mux, conn); err != nil {
 			_ = conn.Close()
@@ -72,28 +75,58 @@ func (g *gateway) close(ctx context.Context) {
 
 const (
 	maxGatewayRequests = 64               // being read or answered; more wait
+	maxLasting         = 1024             // of those that may be under way for long; more wait
+	maxLastingBytes    = 256 << 10        // of the body of one of them
 	gatewayAnswerBytes = 16 << 20         // of one answer, before it becomes JSON
 	bodyTimeout        = 10 * time.Second // for a request's body to arrive
 	writeTimeout       = 30 * time.Second // for the client to take what is written at once
 )
 
+// lasting are the paths whose requests may be under way for long: most of that
+// time they take next to nothing.
+var lasting = map[string]bool{
+	"/v3/watch": true, "/v3/lease/keepalive": true,
+	"/v3/lock/lock": true, "/v3/election/campaign": true, "/v3/election/observe": true,
+}
+
+// slots bound how many requests are under way.
+type slots chan struct{}
+
+// take waits for a slot until ctx ends; it returns nil then.
+func (s slots) take(ctx context.Context) (release func()) {
+	select {
+	case s <- struct{}{}:
+		return sync.OnceFunc(func() { <-s })
+	case <-ctx.Done():
+		return nil
+	}
+}
+
 // patient bounds the time and the memory that slow clients of h take: their
 // requests are read as a whole before they are served, their answers must move.
 func patient(h http.Handler, maxBodyBytes int64, timeout time.Duration) http.Handler {
-	slots := make(chan struct{}, maxGatewayRequests)
+	requests, lastingRequests := make(slots, maxGatewayRequests), make(slots, maxLasting)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		select {
-		case slots <- struct{}{}:
-			defer func() { <-slots }()
-		case <-r.Context().Done():
+		limit := maxBodyBytes
+		if lasting[r.URL.Path] {
+			ended := lastingRequests.take(r.Context())
+			if ended == nil {
+				return
+			}
+			defer ended()
+			limit = min(limit, maxLastingBytes)
+		}
+		read := requests.take(r.Context())
+		if read == nil {
 			return
 		}
+		defer read()
 		control := http.NewResponseController(w)
 		if err := control.SetReadDeadline(time.Now().Add(timeout)); err != nil {
 			http.Error(w, err.Error(), http.StatusInternalServerError)
 			return
 		}
-		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBodyBytes))
+		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
 		if err != nil {
 			refuseBody(w, err, timeout)
 			return
@@ -103,6 +136,9 @@ func patient(h http.Handler, maxBodyBytes int64, timeout time.Duration) http.Han
 			return
 		}
 		r.Body = io.NopCloser(bytes.NewReader(body))
+		if lasting[r.URL.Path] {
+			read()
+		}
 		defer func() { _ = control.SetWriteDeadline(time.Time{}) }() // the connection may serve others
 		h.ServeHTTP(&movingWriter{w, control}, r)
 	})

@@ -8,6 +8,8 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -35,6 +37,8 @@ func (s *Server) newGRPC(more ...grpc.ServerOption) *grpc.Server {
 	pb.RegisterKVServer(server, s.kv)
 	pb.RegisterClusterServer(server, s.members)
 	pb.RegisterMaintenanceServer(server, s.maintenance)
+	v3lockpb.RegisterLockServer(server, newLocks(s.sessions))
+	v3electionpb.RegisterElectionServer(server, newElections(s.sessions))
 	for _, u := range unsupportedServices {
 		refuseAll(server, u.desc, u.err)
 	}

@@ -219,6 +219,7 @@ type Server struct {
 	kv          *kv
 	maintenance *maintenance
 	members     *members
+	sessions    *sessions
 	metrics     *metrics
 	receipts    *receipts
 
@@ -253,6 +254,7 @@ func New(cfg Config) (*Server, error) {
 	s.kv = newKV(s.router)
 	s.maintenance = newMaintenance(s.router)
 	s.members = newMembers(s.router)
+	s.sessions = newSessions(s.router)
 	s.health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
 	s.grpc = s.newGRPC(s.grpcOptions()...)
 	s.metrics.calls.add(s.grpc)
@@ -260,6 +262,7 @@ func New(cfg Config) (*Server, error) {
 		s.metrics.unregister()
 		return nil, err
 	}
+	s.sessions.connect(s.gateway.conn)
 	if !s.cfg.OnlyGRPCGo {
 		s.front = s.newQuick()
 		s.serving.Go(func() { _ = s.grpc.Serve(s.inner) })
@@ -336,6 +339,7 @@ func (s *Server) servingError() error {
 func (s *Server) Close() error {
 	s.closing.Do(func() {
 		s.Drain()
+		s.sessions.stop() // nobody waits for a lock any more
 		ctx, cancel := context.WithTimeout(context.Background(), s.cfg.DrainTimeout)
 		defer cancel()
 		var stopping sync.WaitGroup
@@ -349,9 +353,10 @@ func (s *Server) Close() error {
 			if s.http.Shutdown(ctx) != nil {
 				_ = s.http.Close()
 			}
-			s.gateway.close(ctx) // its callers are the HTTP requests
 		})
 		stopping.Wait()
+		s.sessions.close()
+		s.gateway.close(ctx) // its callers are the HTTP requests, locks and elections
 		s.router.close()
 		s.serving.Wait()
 		s.metrics.unregister()

@@ -12,8 +12,9 @@ import (
 func newCompactionCommand(client *clientOptions) *cobra.Command {
 	var physical bool
 	cmd := &cobra.Command{
-		Use:   "compaction <revision>",
-		Short: "Forget the history before a revision",
+		Use:     "compact <revision>",
+		Aliases: []string{"compaction"}, // etcdctl's name
+		Short:   "Forget the history before a revision",
 		Long: `Forget what keys held before a revision: reads at an older revision are refused from then on.
 What every key holds now stays, of course.`,
 		Args: arguments(1, 1, "a revision"),

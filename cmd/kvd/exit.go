@@ -112,13 +112,17 @@ func describe(cmd *cobra.Command, err error) string {
 		hint = "make room on the disk and start the node again"
 	case errors.Is(err, rpctypes.ErrCompacted) && isCommand(cmd, "get"):
 		hint = "read at a newer --rev, or without it"
+	case errors.Is(err, rpctypes.ErrCompacted) && isCommand(cmd, "watch"):
+		hint = "watch from there, or without --rev"
+	case errors.Is(err, rpctypes.ErrLeaseNotFound), errors.Is(err, errLeaseEnded):
+		hint = "kvd lease list shows the leases there are"
 	case errors.Is(err, rpctypes.ErrFutureRev):
 		hint = "kvd status shows the newest revision"
 	case errors.Is(err, rpctypes.ErrTooManyRequests):
 		hint = "the server is overloaded and did nothing; try again later"
 	case grpcCode(err) == codes.ResourceExhausted && strings.Contains(text, "larger than max"):
 		hint = "a request may have 1.5 MiB"
-	case isUnavailable(err) && isCommand(cmd, "put", "del", "txn", "compaction"):
+	case isUnavailable(err) && isCommand(cmd, "put", "del", "txn", "compact"):
 		hint = "the write may or may not have happened: read the key before you try again (kvd status shows the nodes)"
 	case isUnavailable(err):
 		hint = "no answer in time: kvd status shows the nodes, --command-timeout waits longer"

@@ -13,6 +13,7 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -26,6 +27,8 @@ type fakeServer struct {
 	pb.UnimplementedKVServer
 	pb.UnimplementedMaintenanceServer
 	pb.UnimplementedClusterServer
+	pb.UnimplementedLeaseServer
+	pb.UnimplementedWatchServer
 	kvdpb.UnimplementedAdminServer
 
 	addr   string
@@ -37,7 +40,10 @@ type fakeServer struct {
 	// views are the answers about shards, one after the other; the last one stays. Without one, there are no shards.
 	views  []*kvdpb.ShardsResponse
 	refuse error // answer of every request to change members
-	errors []string
+	// watches are what one watch after the other is sent, none if that is not implemented; then there is no leader, and after the last one nothing more.
+	watches [][]*pb.WatchResponse
+	seen    chan struct{} // received from before there is no leader; nil = at once
+	errors  []string
 
 	asked    chan struct{} // signalled by every request for keys
 	mu       sync.Mutex
@@ -57,6 +63,8 @@ func startFake(t *testing.T) *fakeServer {
 	pb.RegisterKVServer(server, f)
 	pb.RegisterMaintenanceServer(server, f)
 	pb.RegisterClusterServer(server, f)
+	pb.RegisterLeaseServer(server, f)
+	pb.RegisterWatchServer(server, f)
 	kvdpb.RegisterAdminServer(server, f)
 	done := make(chan struct{})
 	go func() {
@@ -90,6 +98,18 @@ func (f *fakeServer) answer(ctx context.Context, request proto.Message) error {
 		return ctx.Err()
 	}
 	return f.fail
+}
+
+// all are the requests of one type.
+func all[R proto.Message](f *fakeServer) (of []R) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, r := range f.requests {
+		if r, ok := r.(R); ok {
+			of = append(of, r)
+		}
+	}
+	return of
 }
 
 // last is the latest request.
@@ -170,6 +190,82 @@ func (f *fakeServer) Snapshot(_ *pb.SnapshotRequest, stream grpc.ServerStreaming
 		sum[0]++
 	}
 	return stream.Send(&pb.SnapshotResponse{Blob: sum[:]})
+}
+
+func (f *fakeServer) LeaseGrant(ctx context.Context, r *pb.LeaseGrantRequest) (*pb.LeaseGrantResponse, error) {
+	return &pb.LeaseGrantResponse{Header: f.header(), ID: 0x1e, TTL: r.GetTTL()}, f.answer(ctx, r)
+}
+
+func (f *fakeServer) LeaseRevoke(ctx context.Context, r *pb.LeaseRevokeRequest) (*pb.LeaseRevokeResponse, error) {
+	return &pb.LeaseRevokeResponse{Header: f.header()}, f.answer(ctx, r)
+}
+
+// LeaseKeepAlive renews each lease once.
+func (f *fakeServer) LeaseKeepAlive(stream grpc.BidiStreamingServer[pb.LeaseKeepAliveRequest, pb.LeaseKeepAliveResponse]) error {
+	for {
+		r, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		ttl := int64(1)
+		if proto.Equal(f.last(), r) {
+			ttl = 0
+		}
+		if err := f.answer(stream.Context(), r); err != nil {
+			return err
+		}
+		if err := stream.Send(&pb.LeaseKeepAliveResponse{Header: f.header(), ID: r.GetID(), TTL: ttl}); err != nil {
+			return err
+		}
+	}
+}
+
+func (f *fakeServer) LeaseTimeToLive(ctx context.Context, r *pb.LeaseTimeToLiveRequest) (*pb.LeaseTimeToLiveResponse, error) {
+	resp := &pb.LeaseTimeToLiveResponse{Header: f.header(), ID: r.GetID(), TTL: 7, GrantedTTL: 9}
+	if r.GetKeys() {
+		resp.Keys = [][]byte{[]byte("a"), []byte("b")}
+	}
+	if r.GetID() == 0xdead {
+		resp.TTL, resp.GrantedTTL = -1, 0
+	}
+	return resp, f.answer(ctx, r)
+}
+
+func (f *fakeServer) LeaseLeases(ctx context.Context, r *pb.LeaseLeasesRequest) (*pb.LeaseLeasesResponse, error) {
+	return &pb.LeaseLeasesResponse{Header: f.header(), Leases: []*pb.LeaseStatus{{ID: 0x1e}, {ID: 0x1f}}}, f.answer(ctx, r)
+}
+
+func (f *fakeServer) Watch(stream grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+	if f.watches == nil {
+		return f.UnimplementedWatchServer.Watch(stream)
+	}
+	r, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	if err := f.answer(stream.Context(), r.GetCreateRequest()); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	var send []*pb.WatchResponse
+	if len(f.watches) > 0 {
+		send, f.watches = f.watches[0], f.watches[1:]
+	}
+	last := len(f.watches) == 0
+	f.mu.Unlock()
+	for _, resp := range append([]*pb.WatchResponse{{Header: f.header(), Created: true}}, send...) {
+		if err := stream.Send(resp); err != nil {
+			return err
+		}
+	}
+	if !last {
+		if f.seen != nil {
+			<-f.seen
+		}
+		return rpctypes.ErrGRPCNoLeader
+	}
+	<-stream.Context().Done()
+	return stream.Context().Err()
 }
 
 func (f *fakeServer) MemberList(context.Context, *pb.MemberListRequest) (*pb.MemberListResponse, error) {

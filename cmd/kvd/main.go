@@ -3,6 +3,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -40,6 +41,9 @@ func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer
 	if err == nil {
 		return exitOK
 	}
+	if failed, ok := errors.AsType[*commandError](err); ok {
+		return failed.code
+	}
 	if !started { // cobra itself refused the flags or the arguments
 		err = &usageError{err}
 	}
@@ -68,7 +72,7 @@ func newRootCommand(started *bool) *cobra.Command {
 	}
 	client.AddFlags(root)
 	root.AddGroup(&cobra.Group{ID: "run", Title: "Run:"}, &cobra.Group{ID: "keys", Title: "Keys:"},
-		&cobra.Group{ID: "cluster", Title: "Cluster:"})
+		&cobra.Group{ID: "locks", Title: "Locks and elections:"}, &cobra.Group{ID: "cluster", Title: "Cluster:"})
 	add := func(group string, commands ...*cobra.Command) {
 		for _, c := range commands {
 			c.GroupID = group
@@ -77,7 +81,8 @@ func newRootCommand(started *bool) *cobra.Command {
 	}
 	add("run", newStartCommand(), newDemoCommand(), newBenchCommand(&client))
 	add("keys", newGetCommand(&client), newPutCommand(&client), newDelCommand(&client), newTxnCommand(&client),
-		newCompactionCommand(&client))
+		newCompactionCommand(&client), newWatchCommand(&client), newLeaseCommand(&client))
+	add("locks", newLockCommand(&client), newElectCommand(&client))
 	add("cluster", newStatusCommand(&client), newHealthCommand(&client), newMemberCommand(&client),
 		newMoveLeaderCommand(&client), newSnapshotCommand(&client), newShardsCommand(&client), newLocateCommand(&client),
 		newExplainCommand(&client))

@@ -1,0 +1,35 @@
+package main
+
+import (
+	"strings"
+	"testing"
+)
+
+func TestLeaseCommandsPrint(t *testing.T) {
+	f := startFake(t)
+	for line, want := range map[string]string{
+		"lease grant 60":             "lease 000000000000001e granted with TTL(60s)\n",
+		"lease revoke 1e":            "lease 000000000000001e revoked\n",
+		"lease keep-alive 1e --once": "lease 000000000000001e keepalived with TTL(1)\n",
+		"lease timetolive 1e":        "lease 000000000000001e granted with TTL(9s), remaining(7s)\n",
+		"lease timetolive 1e --keys": "lease 000000000000001e granted with TTL(9s), remaining(7s), attached keys([a b])\n",
+		"lease timetolive dead":      "lease 000000000000dead already expired\n",
+		"lease list":                 "found 2 leases\n000000000000001e\n000000000000001f\n",
+		"lease grant 60 -w json":     `{"cluster_id":193,"member_id":161,"revision":7,"raft_term":3,"ID":30,"TTL":60,"Error":""}` + "\n",
+		"lease timetolive 1e --keys -w json": `{"cluster_id":193,"member_id":161,"revision":7,"raft_term":3,"id":30,"ttl":7,"granted-ttl":9,"keys":["YQ==","Yg=="]}` +
+			"\n",
+	} {
+		code, out, errOut := kvd(t, "", append(strings.Fields(line), "--endpoints", f.addr)...)
+		if code != exitOK || out != want {
+			t.Errorf("%s: printed %q and %q with exit code %d, want %q", line, out, errOut, code, want)
+		}
+	}
+}
+
+func TestKeepAliveEndsWithTheLease(t *testing.T) {
+	f := startFake(t)
+	code, out, errOut := kvd(t, "", "lease", "keep-alive", "1e", "--endpoints", f.addr)
+	if code != exitFailed || out != "lease 000000000000001e keepalived with TTL(1)\n" || !strings.Contains(errOut, "expired or was revoked: 000000000000001e") {
+		t.Errorf("printed %q and %q with exit code %d", out, errOut, code)
+	}
+}
