@@ -1,6 +1,7 @@
 package fsm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -13,7 +14,8 @@ import (
 
 // Adopt makes the state file at path, which no store may have open, the first state of another cluster: it belongs
 // to meta's cluster and group and ends at meta's index, term and configuration. The clients' keys, their revisions
-// and their history stay; the system key space, which described the old cluster, is emptied. The other fields of
+// and their history stay, and their leases, as RestoredLeases has them; the system key space, which described the old
+// cluster, is emptied. The other fields of
 // meta are not used. It is durable when Adopt returns, and nothing has happened if it fails.
 func Adopt(path string, meta snapshot.Meta) (err error) {
 	defer catchCorruption(&err)()
@@ -31,6 +33,14 @@ func Adopt(path string, meta snapshot.Meta) (err error) {
 		}
 		if m.witness {
 			return ErrWitness
+		}
+		revision := m.state.spaces[User].revision
+		leases, err := restoredLeases(context.Background(), tx, revision, func([]byte, int64) {})
+		if err == nil {
+			err = resetLeases(tx, leases)
+		}
+		if err != nil {
+			return err
 		}
 		if err := tx.DeleteBucket(spaceBuckets[System]); err != nil {
 			return err

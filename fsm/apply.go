@@ -35,7 +35,7 @@ func (s *Store) Apply(index, term uint64, data []byte) ([]Result, error) {
 	s.applyMu.Lock()
 	defer s.applyMu.Unlock()
 	s.beginDigest(index, term)
-	results, err := s.applyEntry(term, e)
+	results, err := s.applyEntry(index, term, e)
 	if err != nil {
 		s.isTorn = true
 		return nil, s.fail(fmt.Errorf("entry %d: %w", index, err))
@@ -119,7 +119,7 @@ func (s *Store) commit(index, term uint64, c *raft.Configuration) {
 	}
 }
 
-func (s *Store) applyEntry(term uint64, e entry) ([]Result, error) {
+func (s *Store) applyEntry(index, term uint64, e entry) ([]Result, error) {
 	results := make([]Result, len(e.commands))
 	if s.isStale(term, e) {
 		for i, c := range e.commands {
@@ -128,7 +128,7 @@ func (s *Store) applyEntry(term uint64, e entry) ([]Result, error) {
 		}
 		return results, nil
 	}
-	a := application{store: s, entry: e, results: results, puts: make([]putResponse, e.puts), reads: allowance{bytes: entryReadBytes}}
+	a := application{store: s, index: index, term: term, entry: e, results: results, puts: make([]putResponse, e.puts), reads: allowance{bytes: entryReadBytes}}
 	for i := 0; i < len(e.commands); {
 		before := len(s.spaces[User].active)
 		n, err := a.apply(i)
@@ -159,6 +159,8 @@ func (s *Store) digestOutcome(c command, err error) {
 // application is the work on one entry.
 type application struct {
 	store   *Store
+	index   uint64 // of the entry
+	term    uint64
 	entry   entry
 	results []Result
 	puts    []putResponse // not used yet
@@ -170,6 +172,7 @@ type application struct {
 func (a *application) begin(i int) *writer {
 	c := &a.entry.commands[i]
 	a.writer = a.store.newWriter(c.space)
+	a.writer.index, a.writer.term = a.index, a.term
 	a.reads.free = freeReadBytes
 	a.writer.meter = &a.reads
 	if a.entry.floor != 0 {

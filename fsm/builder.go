@@ -26,6 +26,7 @@ type Builder struct {
 	oldest mvcc.Revision // added so far
 	newest int64
 	limit  int                   // of bytes
+	leased bool                  // rows name leases
 	lose   func(key []byte) bool // a fault: this row is not written
 }
 
@@ -86,6 +87,11 @@ func (b *Builder) add(row rowOfPage) error {
 	if row.revision.Compare(b.oldest) >= 0 {
 		return fmt.Errorf("%w: %d.%d after %d.%d", ErrRowOrder, row.revision.Main, row.revision.Sub, b.oldest.Main, b.oldest.Sub)
 	}
+	if lease, err := mvcc.DecodeLease(row.data); err != nil {
+		return fmt.Errorf("%w: %w", ErrMalformedRows, err)
+	} else if lease != 0 {
+		b.leased = true
+	}
 	b.oldest, b.newest = row.revision, max(b.newest, row.revision.Main)
 	row.storedKey = append(b.arena.Take(len(row.storedKey)), row.storedKey...)
 	row.data = append(b.arena.Take(len(row.data)), row.data...)
@@ -133,7 +139,7 @@ func (b *Builder) Finish(meta snapshot.Meta) error {
 	if err := b.write(); err != nil {
 		return err
 	}
-	if err := b.db.Update(func(tx *bbolt.Tx) error { return describe(tx, meta) }); err != nil {
+	if err := b.db.Update(func(tx *bbolt.Tx) error { return describe(tx, meta, b.leased) }); err != nil {
 		return err
 	}
 	if err := b.db.Sync(); err != nil {
@@ -146,14 +152,21 @@ func (b *Builder) Finish(meta snapshot.Meta) error {
 	return syncDir(filepath.Dir(b.path))
 }
 
-// describe writes all but the rows.
-func describe(tx *bbolt.Tx, meta snapshot.Meta) error {
+// describe writes all but the rows and the leases.
+func describe(tx *bbolt.Tx, meta snapshot.Meta, leased bool) error {
+	format := byte(formatVersion)
+	if leased || tx.Bucket(leaseBucket) != nil {
+		format = formatLeases
+		if _, _, err := createLeases(tx); err != nil {
+			return err
+		}
+	}
 	s := emptyState()
 	s.index, s.term, s.configurationIndex = meta.Index, meta.Term, meta.ConfigurationIndex
 	s.spaces[User] = spaceState{revision: meta.Revision, compacted: meta.CompactRevision, finished: -1, keys: meta.Keys}
 	if meta.Keys < 0 {
 		counting := keyspace{bucket: spaceBuckets[User], revision: meta.Revision}
-		if err := counting.rebuild(tx.Bucket(spaceBuckets[User])); err != nil {
+		if err := counting.rebuild(tx.Bucket(spaceBuckets[User]), nil); err != nil {
 			return err
 		}
 		s.spaces[User].keys = int64(counting.index.Live())
@@ -166,7 +179,7 @@ func describe(tx *bbolt.Tx, meta snapshot.Meta) error {
 		return err
 	}
 	return errors.Join(
-		bucket.Put(formatKey, []byte{formatVersion}),
+		bucket.Put(formatKey, []byte{format}),
 		putIdentity(tx, meta.Group, meta.ClusterID),
 		bucket.Put(stateKey, appendState(nil, s)),
 		bucket.Put(configurationKey, appendConfiguration(nil, meta.Configuration)),

@@ -47,6 +47,8 @@ type Config struct {
 	// NoSync leaves out fsync: a crash of the machine may then corrupt the file. For tests.
 	NoSync bool
 
+	maxDrops int // rememberedDrops; only tests have less
+
 	faults faults
 }
 
@@ -67,6 +69,10 @@ type faults struct {
 	watchGap        bool                  // a watch does not read what was published while it read the history
 	watchTwice      bool                  // a watch is given what it has read already
 	watchSplit      func()                // called between two changes of a transaction, which the feeds can see
+	anyTerm         bool                  // decisions about leases hold in other terms than theirs
+	attachmentLost  bool                  // an overwritten key leaves its lease and does not get the new one
+	keyForgotten    func() bool           // this end of a lease leaves its first key
+	lateAttachments bool                  // leases that were dropped are attached again
 }
 
 func (c Config) withDefaults() Config {
@@ -77,6 +83,7 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.FlushBytes, 4<<20)
 	setDefault(&c.MaxLagBytes, 64<<20)
 	setDefault(&c.CompactionBatch, 1000)
+	setDefault(&c.maxDrops, rememberedDrops)
 	if c.Pace == nil {
 		c.Pace = NewPace(1)
 	}

@@ -108,8 +108,12 @@ func copyDB(ctx context.Context, to, from *bbolt.DB) error {
 		return err
 	}
 	defer rollback(source)
-	for _, name := range [][]byte{metaBucket, spaceBuckets[User], spaceBuckets[System]} {
-		cursor := source.Bucket(name).Cursor()
+	for _, name := range [][]byte{metaBucket, spaceBuckets[User], spaceBuckets[System], leaseBucket, dropBucket} {
+		bucket := source.Bucket(name)
+		if bucket == nil { // of leases
+			continue
+		}
+		cursor := bucket.Cursor()
 		for k, v := cursor.First(); ; {
 			if ctx.Err() != nil {
 				return context.Cause(ctx)

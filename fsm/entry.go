@@ -20,9 +20,13 @@ const (
 )
 
 // Request is one transaction. Data is a marshalled etcdserverpb.InternalRaftRequest with one of Put, DeleteRange,
-// Txn or Compaction; empty Data does nothing and has an empty Result.
+// Txn, Compaction or, in the space User, LeaseGrant, LeaseRevoke, LeaseCheckpoint; empty Data does nothing and has an
+// empty Result. If the Header of a LeaseRevoke or a LeaseCheckpoint has an ID, that is the term in which it was decided:
+// in an entry of another one it fails with ErrLeaseStale. If it has an AuthRevision, that is the incarnation of the lease
+// for which a LeaseRevoke was decided, another one is not found; or the newest one that a LeaseCheckpoint knew of, later
+// ones are passed over.
 type Request struct {
-	Space Space
+	Space Space // or LeaseCommands
 	Data  []byte
 }
 
@@ -101,6 +105,8 @@ type command struct {
 	isPut   bool
 	put     putCommand
 	message proto.Message
+	decided decision // of a message that ends or shortens leases
+	lease   *LeaseCommand
 }
 
 // putCommand is a PutRequest without its message: puts are most of what is applied.
@@ -144,8 +150,7 @@ func decodeEntry(data []byte) (entry, error) {
 			return entry{}, fmt.Errorf("%w: request %d is cut off", ErrMalformedEntry, i)
 		}
 		c := &e.commands[i]
-		c.space = Space(data[0])
-		if c.space >= spaces {
+		if c.space = Space(data[0]); c.space > LeaseCommands {
 			return entry{}, fmt.Errorf("%w: key space %d", ErrUnknownCommand, c.space)
 		}
 		if err := c.decode(data[1+n:][:size]); err != nil {
@@ -163,6 +168,11 @@ func decodeEntry(data []byte) (entry, error) {
 }
 
 func (c *command) decode(data []byte) error {
+	if c.space == LeaseCommands {
+		lease, err := ParseLeaseCommand(data)
+		c.space, c.lease = User, &lease
+		return err
+	}
 	if len(data) == 0 {
 		return nil
 	}
@@ -190,10 +200,32 @@ func (c *command) decode(data []byte) error {
 		c.message = r.Compaction
 		found++
 	}
+	found += c.decodeLease(&r)
 	if found != 1 {
 		return fmt.Errorf("%w: %d known commands in %d bytes", ErrUnknownCommand, found, len(data))
 	}
 	return nil
+}
+
+// decodeLease takes the commands with leases, which there are in one key space only.
+func (c *command) decodeLease(r *pb.InternalRaftRequest) (found int) {
+	if c.space != User {
+		return 0
+	}
+	if r.LeaseGrant != nil {
+		c.message = r.LeaseGrant
+		found++
+	}
+	if r.LeaseRevoke != nil {
+		c.message = r.LeaseRevoke
+		found++
+	}
+	if r.LeaseCheckpoint != nil {
+		c.message = r.LeaseCheckpoint
+		found++
+	}
+	c.decided = decision{term: r.Header.GetID(), incarnation: int64(r.Header.GetAuthRevision())}
+	return found
 }
 
 // decodePlainPut decodes an InternalRaftRequest that holds a put and nothing else, in fields that it knows. What

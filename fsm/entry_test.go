@@ -85,9 +85,9 @@ func TestMalformedEntries(t *testing.T) {
 		"many requests":   {edit(entryCountOffset, 0xff, 0xff, 0xff, 0xff), ErrMalformedEntry},
 		"one more":        {edit(entryCountOffset, 3), ErrMalformedEntry},
 		"one less":        {edit(entryCountOffset, 1), ErrMalformedEntry},
-		"unknown space":   {edit(entryHeaderBytes, 2), ErrUnknownCommand},
+		"unknown space":   {edit(entryHeaderBytes, 3), ErrUnknownCommand},
 		"garbage":         {requestOf([]byte{0xff, 0xff}), ErrMalformedEntry},
-		"unknown command": {requestOf(marshal(&pb.InternalRaftRequest{LeaseGrant: &pb.LeaseGrantRequest{TTL: 1}})), ErrUnknownCommand},
+		"unknown command": {requestOf(marshal(&pb.InternalRaftRequest{AuthEnable: &pb.AuthEnableRequest{}})), ErrUnknownCommand},
 		"no command":      {requestOf(marshal(&pb.InternalRaftRequest{ID: 7})), ErrUnknownCommand},
 		"two commands":    {requestOf(marshal(&pb.InternalRaftRequest{Put: put("a", ""), Compaction: &pb.CompactionRequest{}})), ErrUnknownCommand},
 	}

@@ -10,8 +10,12 @@ var (
 	ErrFutureRevision = errors.New("fsm: required revision is a future revision")
 	// ErrKeyNotFound: a put with ignore_value or ignore_lease found no key to take them from.
 	ErrKeyNotFound = errors.New("fsm: key not found")
-	// ErrLeaseNotFound: a put named a lease that does not exist.
+	// ErrLeaseNotFound: the lease named does not exist, or is ending.
 	ErrLeaseNotFound = errors.New("fsm: requested lease not found")
+	// ErrLeaseExists: there is a lease with this id.
+	ErrLeaseExists = errors.New("fsm: lease already exists")
+	// ErrLeaseStale: a step with a lease comes too late or too early, as its LeaseKind says.
+	ErrLeaseStale = errors.New("fsm: step with a lease is out of turn")
 	// ErrStaleFloor: the entry's reserved revisions are not usable any more; propose the request again.
 	ErrStaleFloor = errors.New("fsm: reserved revisions are stale")
 	// ErrReadsTooMuch: a transaction that may write wanted to read more than one may.
@@ -85,6 +89,10 @@ func errorCode(err error) byte {
 		return 6
 	case ErrAnswerDropped:
 		return 7
+	case ErrLeaseExists:
+		return 8
+	case ErrLeaseStale:
+		return 9
 	default:
 		return 255
 	}

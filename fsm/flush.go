@@ -97,6 +97,7 @@ type flushBatch struct {
 	state         state
 	configuration *raft.Configuration // nil if unchanged
 	rows          [spaces]mvcc.Rows
+	leases        leaseBatch
 	bytes         int64
 	deletion      *deletion
 	deleted       int // revisions of the deletion that this flush deletes
@@ -112,7 +113,7 @@ func (s *Store) takeBatch() (flushBatch, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	b := flushBatch{state: s.state, bytes: s.activeBytes}
+	b := flushBatch{state: s.state, leases: s.leases.take(), bytes: s.activeBytes}
 	s.activeBytes, s.isDirty = 0, false
 	if s.state.configurationIndex != s.durableState.configurationIndex {
 		c := s.configuration.Clone()
@@ -191,6 +192,9 @@ func (s *Store) write(b flushBatch) (err error) {
 			if err := s.deleteRows(tx.Bucket(spaceBuckets[b.deletion.space]), b.deletion.revisions[:b.deleted]); err != nil {
 				return err
 			}
+		}
+		if err := b.leases.write(tx); err != nil {
+			return err
 		}
 		meta := tx.Bucket(metaBucket)
 		if b.configuration != nil {

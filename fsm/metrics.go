@@ -15,6 +15,7 @@ type metrics struct {
 	appliedIndex, durableIndex   prometheus.Gauge
 	pendingBytes                 prometheus.Gauge
 	keys, revision, compacted    prometheus.Gauge
+	leases                       prometheus.Gauge
 	allocatedBytes, inUseBytes   prometheus.Gauge
 	applySeconds, flushSeconds   prometheus.Histogram
 	requests, rows, deletedRows  prometheus.Counter
@@ -47,6 +48,7 @@ func newMetrics(r prometheus.Registerer) *metrics {
 	m.durableIndex = gauge("durable_index", "Index of the last raft entry whose effects are on disk.")
 	m.pendingBytes = gauge("pending_bytes", "Bytes applied and not yet on disk, at the last flush.")
 	m.keys = gauge("keys_count", "Live keys of clients, at the last flush.")
+	m.leases = gauge("leases_count", "Leases of clients that this group has granted or has keys of, at the last flush.")
 	m.revision = gauge("revision_number", "Newest revision of the clients' key space, at the last flush.")
 	m.compacted = gauge("compact_revision_number", "Oldest readable revision of the clients' key space, at the last flush.")
 	m.allocatedBytes = gauge("db_size_bytes", "Size of the state file.")
@@ -80,6 +82,7 @@ func (s *Store) updateGauges(b flushBatch) {
 	m.durableIndex.Set(float64(b.state.index))
 	m.pendingBytes.Set(float64(s.pendingBytes.Load()))
 	m.keys.Set(float64(user.keys))
+	m.leases.Set(float64(b.leases.count))
 	m.revision.Set(float64(user.revision))
 	m.compacted.Set(float64(user.compacted))
 	m.allocatedBytes.Set(float64(allocated))

@@ -39,10 +39,8 @@ type cluster struct {
 
 func newCluster(seed uint64) *cluster {
 	c := &cluster{generator: newGenerator(seed), model: newModel()}
-	c.leases = []int64{0, 0, 7, 8}
-	for _, id := range c.leases {
-		c.model.leases[id] = true
-	}
+	c.leases = []int64{0, 0, 0, 7, 8, 9, 10}
+	c.model.maxDrops = 3
 	return c
 }
 
@@ -57,8 +55,12 @@ func (c *cluster) grow(t testing.TB) {
 	var b EntryBuilder
 	var want []Result
 	stale := c.reserve(&b)
+	c.model.index = uint64(len(c.log) + 1)
 	for range c.IntN(6) {
 		m := c.command()
+		if c.oneIn(4) {
+			m = c.leaseCommand()
+		}
 		b.Add(request(t, m))
 		switch {
 		case stale:
@@ -109,9 +111,6 @@ func (c *cluster) open(t testing.TB, config Config) *replica {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, id := range c.leases {
-		s.leases[id] = struct{}{}
-	}
 	return &replica{s, config}
 }
 
@@ -161,6 +160,7 @@ func sameResult(a, b Result) bool {
 // read compares random reads with the model's; the replica must have applied the whole log.
 func (c *cluster) read(t testing.TB, r *replica) {
 	t.Helper()
+	c.sameLeases(t, r)
 	a := c.model.begin()
 	for range 4 {
 		q := c.rangeRequest()
@@ -235,7 +235,11 @@ func TestModel(t *testing.T) {
 	seeds(t, 12, func(t *testing.T, seed uint64) {
 		c, dir := newCluster(seed), t.TempDir()
 		c.floors = seed%2 == 0
-		config := func(name string) Config { return testConfig(filepath.Join(dir, name)) }
+		config := func(name string) Config {
+			config := testConfig(filepath.Join(dir, name))
+			config.maxDrops = c.model.maxDrops
+			return config
+		}
 		steady, closing, crashing := c.open(t, config("steady")), c.open(t, config("closing")), c.open(t, config("crashing"))
 		for range 12 {
 			from := len(c.log)

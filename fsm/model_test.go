@@ -16,13 +16,16 @@ import (
 type model struct {
 	states    []map[string]*mvccpb.KeyValue // by revision; 0 and 1 are empty
 	compacted int64
-	used      int64 // newest revision of a change
-	reserved  bool  // revisions are reserved outside, and have gaps
-	leases    map[int64]bool
+	used      int64                // newest revision of a change
+	reserved  bool                 // revisions are reserved outside, and have gaps
+	leases    map[int64]*LeaseInfo // without Keys: those follow from the newest state
+	drops     []drop               // all there ever were
+	maxDrops  int
+	index     uint64 // of the entry
 }
 
 func newModel() *model {
-	return &model{states: make([]map[string]*mvccpb.KeyValue, 2), compacted: -1, used: 1, leases: map[int64]bool{0: true}}
+	return &model{states: make([]map[string]*mvccpb.KeyValue, 2), compacted: -1, used: 1, leases: map[int64]*LeaseInfo{}, maxDrops: rememberedDrops}
 }
 
 func (m *model) revision() int64 { return int64(len(m.states) - 1) }
@@ -149,7 +152,7 @@ func (s byTarget) Less(i, j int) bool {
 }
 
 func (a *attempt) checkPut(p *pb.PutRequest) error {
-	if !a.leases[p.Lease] {
+	if l := a.leases[p.Lease]; p.Lease != 0 && (l == nil || l.Ending) {
 		return ErrLeaseNotFound
 	}
 	if _, exists := a.states[a.revision()][string(p.Key)]; !exists && (p.IgnoreValue || p.IgnoreLease) {
@@ -329,6 +332,8 @@ func (m *model) apply(command proto.Message) Result {
 			}
 			result.Response = &pb.CompactionResponse{Header: &pb.ResponseHeader{Revision: m.revision()}}
 		}
+	default:
+		result = a.lease(command)
 	}
 	a.commit()
 	return result

@@ -17,13 +17,14 @@ import (
 //
 //	key, system   the rows of the key spaces User and System: mvcc.Revision.AppendKey -> mvcc.AppendRow or
 //	              AppendTombstone. Name and content of the first are etcd's, so that hashes agree
-//	meta          format         -> 1 byte, formatVersion
+//	meta          format         -> 1 byte, formatVersion or formatLeases
 //	              role           -> witnessRole; absent if the file is for data
 //	              identity       -> group (8), cluster id (8); big endian, as all below
 //	              state          -> record of the last entry whose effects are in the file; absent before the first
 //	              configuration  -> latest raft configuration: appendConfiguration
 //
-// All of them are written in the one transaction of a flush.
+// and, if it has format formatLeases, those of leaserecord.go. All of them are written in the one transaction of a
+// flush.
 var (
 	metaBucket   = []byte("meta")
 	spaceBuckets = [spaces][]byte{[]byte("key"), []byte("system")}
@@ -35,7 +36,10 @@ var (
 	configurationKey = []byte("configuration")
 )
 
-const formatVersion = 1
+const (
+	formatVersion = 1
+	formatLeases  = 2 // with a table of leases
+)
 
 // state is where a sequence of whole entries has led.
 type state struct {
@@ -151,8 +155,10 @@ func readStored(tx *bbolt.Tx) (m storedState, err error) {
 	if bucket == nil {
 		return m, fmt.Errorf("%w: no bucket %q", ErrCorruptState, metaBucket)
 	}
-	if format := bucket.Get(formatKey); len(format) != 1 || format[0] != formatVersion {
+	if format := bucket.Get(formatKey); len(format) != 1 || format[0] != formatVersion && format[0] != formatLeases {
 		return m, fmt.Errorf("%w: %x", ErrUnknownFormat, format)
+	} else if hasLeases := tx.Bucket(leaseBucket) != nil; hasLeases != (format[0] == formatLeases) {
+		return m, fmt.Errorf("%w: format %d, and bucket %q is there: %t", ErrCorruptState, format[0], leaseBucket, hasLeases)
 	}
 	switch role := bucket.Get(roleKey); {
 	case role == nil:
@@ -199,18 +205,26 @@ func (s *Store) load(db *bbolt.DB) (err error) {
 		s.durableState, s.durableConfig = m.state, m.configuration
 		s.applied.advance(m.state.index)
 		s.durable.advance(m.state.index)
+		if s.leases, err = loadLeases(tx, s.config.maxDrops); err != nil {
+			return err
+		}
+		keys := keyLeases{}
 		for i, sp := range s.spaces {
 			of := m.state.spaces[i]
 			sp.revision, sp.compacted, sp.trimmed = of.revision, of.compacted, of.finished
 			sp.finished.advance(finishedMark(of.finished))
-			if err := sp.rebuild(tx.Bucket(sp.bucket)); err != nil {
+			row := keys.row
+			if sp.id != User || tx.Bucket(leaseBucket) == nil {
+				row = nil
+			}
+			if err := sp.rebuild(tx.Bucket(sp.bucket), row); err != nil {
 				return err
 			}
 			if live := int64(sp.index.Live()); live != of.keys {
 				return fmt.Errorf("%w: %d live keys in bucket %q instead of %d", ErrCorruptState, live, sp.bucket, of.keys)
 			}
 		}
-		return nil
+		return s.leases.attachAll(keys)
 	})
 }
 
@@ -258,8 +272,8 @@ func (s *Store) create(tx *bbolt.Tx) error {
 	return putIdentity(tx, s.config.Group, s.config.ClusterID)
 }
 
-// rebuild reads the index back from the rows.
-func (sp *keyspace) rebuild(bucket *bbolt.Bucket) error {
+// rebuild reads the index back from the rows. It tells row, unless that is nil, which lease each row names.
+func (sp *keyspace) rebuild(bucket *bbolt.Bucket, row func(key []byte, lease int64)) error {
 	return bucket.ForEach(func(k, v []byte) error {
 		r, tombstone, err := mvcc.ParseKey(k)
 		if err == nil && r.Main > sp.revision {
@@ -273,6 +287,14 @@ func (sp *keyspace) rebuild(bucket *bbolt.Bucket) error {
 			return fmt.Errorf("%w: bucket %q, revision %d.%d: %w", ErrCorruptState, sp.bucket, r.Main, r.Sub, err)
 		}
 		sp.index.Restore(key, stamp)
+		if row == nil {
+			return nil
+		}
+		lease, err := mvcc.DecodeLease(v)
+		if err != nil {
+			return fmt.Errorf("%w: bucket %q, revision %d.%d: %w", ErrCorruptState, sp.bucket, r.Main, r.Sub, err)
+		}
+		row(key, lease)
 		return nil
 	})
 }

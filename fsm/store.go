@@ -41,7 +41,6 @@ type Store struct {
 	path   string // where the file is
 
 	applyMu     sync.Mutex
-	leases      map[int64]struct{}
 	hasher      *xxhash.Digest
 	arena       mvcc.Arena
 	activeBytes int64 // of the rows that no flush has taken
@@ -50,6 +49,7 @@ type Store struct {
 
 	mu            sync.RWMutex
 	spaces        [spaces]*keyspace
+	leases        leases
 	state         state // of the last whole entry
 	configuration raft.Configuration
 	durableState  state
@@ -104,7 +104,6 @@ func Open(config Config) (*Store, error) {
 	config = config.withDefaults()
 	s := &Store{
 		config:      config,
-		leases:      map[int64]struct{}{},
 		hasher:      xxhash.New(),
 		epoch:       newReadEpoch(),
 		dirty:       make(chan struct{}, 1),

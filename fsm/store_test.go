@@ -75,6 +75,18 @@ func request(t testing.TB, m proto.Message) Request {
 		r.Txn = m
 	case *pb.CompactionRequest:
 		r.Compaction = m
+	case *pb.LeaseGrantRequest:
+		r.LeaseGrant = m
+	case *pb.LeaseRevokeRequest:
+		r.LeaseRevoke = m
+	case *pb.LeaseCheckpointRequest:
+		r.LeaseCheckpoint = m
+	case decidedIn:
+		r.Header = &pb.RequestHeader{ID: m.term, AuthRevision: uint64(m.incarnation)}
+		r.LeaseRevoke, _ = m.Message.(*pb.LeaseRevokeRequest)
+		r.LeaseCheckpoint, _ = m.Message.(*pb.LeaseCheckpointRequest)
+	case leaseStep:
+		return m.LeaseCommand.Request()
 	default:
 		t.Fatalf("no request of type %T", m)
 	}

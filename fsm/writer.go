@@ -22,11 +22,14 @@ type putResponse struct {
 // from then on its own changes too. Readers see none of them before publish.
 type writer struct {
 	view
-	next     int64 // the revision of the transaction's changes
-	reserved bool  // next was reserved for the transaction by a sequencer
+	index    uint64 // of the entry
+	term     uint64 // in which it was logged
+	next     int64  // the revision of the transaction's changes
+	reserved bool   // next was reserved for the transaction by a sequencer
 	changes  uint32
 	response *putResponse
-	dropped  bool // the answer has become too large
+	dropped  bool   // the answer has become too large
+	removed  *lease // ends with the transaction
 }
 
 func (s *Store) newWriter(space Space) writer {
@@ -83,6 +86,9 @@ func (w *writer) apply(c command) (Result, error) {
 	if c.isPut {
 		return w.applyPut(c.put)
 	}
+	if c.lease != nil {
+		return w.applyLease(*c.lease)
+	}
 	switch m := c.message.(type) {
 	case nil:
 		return Result{}, nil
@@ -97,6 +103,12 @@ func (w *writer) apply(c command) (Result, error) {
 		return w.applyTxn(m)
 	case *pb.CompactionRequest:
 		return w.applyCompaction(m), nil
+	case *pb.LeaseGrantRequest:
+		return w.applyGrant(m), nil
+	case *pb.LeaseRevokeRequest:
+		return w.applyRevoke(m, c.decided), nil
+	case *pb.LeaseCheckpointRequest:
+		return w.applyCheckpoint(m, c.decided), nil
 	}
 	return Result{}, fmt.Errorf("%w: %T", ErrUnknownCommand, c.message)
 }
@@ -215,10 +227,8 @@ func (w *writer) applyCompaction(r *pb.CompactionRequest) Result {
 
 // checkPut says whether a put can be done in the state before the transaction.
 func (w *writer) checkPut(p putCommand) error {
-	if p.lease != 0 {
-		if _, ok := w.store.leases[p.lease]; !ok {
-			return ErrLeaseNotFound
-		}
+	if p.lease != 0 && w.lease(p.lease) == nil {
+		return ErrLeaseNotFound
 	}
 	if p.ignoreValue || p.ignoreLease {
 		if _, ok := w.lookup(p.key); !ok {
@@ -285,6 +295,9 @@ func (w *writer) put(p putCommand) {
 	row := mvcc.AppendRow(s.arena.Take(mvcc.RowBytes(p.key, p.value, stamp, p.lease)), p.key, p.value, stamp, p.lease)
 	sp.active = append(sp.active, mvcc.Row{Revision: r, Data: row})
 	s.recorded(r, false, row)
+	if sp.id == User && (p.lease != 0 || len(s.leases.attached) > 0) && (stamp.Version == 1 || !s.config.faults.attachmentLost) {
+		s.leases.attach(p.key, p.lease)
+	}
 }
 
 // deleteRange deletes what the writer sees of a range. Many keys are deleted in steps, between which readers run.
@@ -301,13 +314,18 @@ func (w *writer) deleteRange(r *pb.DeleteRangeRequest) (*pb.DeleteRangeResponse,
 			return nil, err
 		}
 	}
+	w.deleteAll(hits)
+	resp.Header.Revision = w.newest
+	return resp, nil
+}
+
+// deleteAll deletes keys that exist in steps.
+func (w *writer) deleteAll(hits []hit) {
 	for len(hits) > 0 {
 		n := min(len(hits), scanBudget)
 		w.delete(hits[:n])
 		hits = hits[n:]
 	}
-	resp.Header.Revision = w.newest
-	return resp, nil
 }
 
 func (w *writer) delete(hits []hit) {
@@ -320,6 +338,9 @@ func (w *writer) delete(hits []hit) {
 		row := mvcc.AppendTombstone(s.arena.Take(mvcc.TombstoneBytes(h.key)), h.key)
 		sp.active = append(sp.active, mvcc.Row{Revision: r, Tombstone: true, Data: row})
 		s.recorded(r, true, row)
+		if sp.id == User {
+			s.leases.detach(h.key)
+		}
 	}
 }
 
@@ -328,7 +349,12 @@ func (s *Store) recorded(r mvcc.Revision, tombstone bool, row []byte) {
 	var key [mvcc.KeyBytes]byte
 	_, _ = s.hasher.Write(r.AppendKey(key[:0], tombstone))
 	_, _ = s.hasher.Write(row)
-	n := int64(len(row)) + rowOverheadBytes
+	s.addPending(len(row))
+}
+
+// addPending accounts for something that the next flush has to write.
+func (s *Store) addPending(bytes int) {
+	n := int64(bytes) + rowOverheadBytes
 	s.activeBytes += n
 	s.pendingBytes.Add(n)
 }
@@ -338,10 +364,15 @@ const rowOverheadBytes = 48
 
 // publish shows the transaction to readers.
 func (w *writer) publish() {
-	if w.changes == 0 {
+	if w.changes == 0 && w.removed == nil {
 		return
 	}
 	w.store.mu.Lock()
-	w.space.revision = w.next
+	if w.changes > 0 {
+		w.space.revision = w.next
+	}
+	if w.removed != nil {
+		w.store.removeLease(w.removed)
+	}
 	w.store.mu.Unlock()
 }

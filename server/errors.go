@@ -26,6 +26,8 @@ var refusals = []struct {
 	{4, fsm.ErrLeaseNotFound, rpctypes.ErrGRPCLeaseNotFound},
 	{5, fsm.ErrReadsTooMuch, kvdError(codes.ResourceExhausted, ReasonTooMuchRead, "the request reads too much at once: read less, or outside of a transaction that writes")},
 	{6, fsm.ErrAnswerDropped, kvdError(codes.ResourceExhausted, ReasonAnswerDropped, "the transaction was executed, but reads too much to be answered: read less in it")},
+	{8, fsm.ErrLeaseExists, rpctypes.ErrGRPCLeaseExist},
+	{9, fsm.ErrLeaseStale, status.Error(codes.Unavailable, "kvd: the lease is changing hands, try again")},
 	{7, errBusy, kvdError(codes.ResourceExhausted, ReasonBusy, "the answers under way take as much memory as they may already: read less at once, or try again")},
 }
 

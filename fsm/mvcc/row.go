@@ -102,6 +102,13 @@ func DecodeStamp(data []byte, r Revision, tombstone bool) (key []byte, s Stamp, 
 	return kv.Key, s, nil
 }
 
+// DecodeLease reads the lease of a stored row; 0 is none, as in a tombstone.
+func DecodeLease(data []byte) (int64, error) {
+	var kv mvccpb.KeyValue
+	err := decodeRow(data, &kv, fieldLease)
+	return kv.Lease, err
+}
+
 // decodeRow decodes the fields up to and including last; rows have them in ascending order.
 func decodeRow(data []byte, kv *mvccpb.KeyValue, last protowire.Number) error {
 	for len(data) > 0 {
