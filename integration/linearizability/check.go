@@ -172,7 +172,7 @@ func Summarize(ops []Op, windows []Window) Summary {
 	latest := make(map[string]Op) // per key, the operation that returns last
 	for _, op := range ops {
 		s.count(op)
-		if before, ok := latest[op.Input.Key]; ok && before.Return > op.Call && (before.changes() || op.changes()) {
+		if before, ok := latest[op.Input.Key]; ok && before.Return > op.Call && (before.Changes() || op.Changes()) {
 			s.Overlaps++
 		}
 		if op.Return > latest[op.Input.Key].Return && !op.Output.Unknown {
@@ -182,7 +182,7 @@ func Summarize(ops []Op, windows []Window) Summary {
 	for _, w := range windows {
 		s.ChangesDuring[w.Fault] += 0 // so that a kind without any is there
 		for _, op := range ops {
-			if op.changes() && op.Call > w.From && op.Return < w.To {
+			if op.Changes() && op.Call > w.From && op.Return < w.To {
 				s.ChangesDuring[w.Fault]++
 			}
 		}
@@ -245,7 +245,7 @@ func (s *Summary) countSnapshots(ops []Op, windows []Window) {
 func changedKeysDuring(ops []Op, i int) int {
 	key, count := "", 0
 	for j := max(0, i-1000); j < len(ops) && ops[j].Call < ops[i].Return && count < 2; j++ {
-		if ops[j].changes() && ops[j].Return > ops[i].Call && (count == 0 || ops[j].Input.Key != key) {
+		if ops[j].Changes() && ops[j].Return > ops[i].Call && (count == 0 || ops[j].Input.Key != key) {
 			key = ops[j].Input.Key
 			count++
 		}

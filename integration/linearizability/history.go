@@ -67,8 +67,8 @@ type Op struct {
 	Output       Output
 }
 
-// changes reports whether the operation is known to have changed its key.
-func (o Op) changes() bool {
+// Changes reports whether the operation is known to have changed its key.
+func (o Op) Changes() bool {
 	switch {
 	case o.Output.Unknown:
 		return false
@@ -104,8 +104,9 @@ func (o Op) String() string {
 type History struct {
 	clock, lastTxn, lastClient atomic.Int64
 
-	mu  sync.Mutex
-	ops []Op
+	mu     sync.Mutex
+	ops    []Op
+	newest int64 // revision
 }
 
 // Now is later than every earlier call's result.
@@ -122,6 +123,9 @@ func (h *History) Add(ops ...Op) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.ops = append(h.ops, ops...)
+	for _, op := range ops {
+		h.newest = max(h.newest, op.Output.Revision)
+	}
 }
 
 // Ops returns a copy of what has been recorded, in the order of the calls.
@@ -131,6 +135,13 @@ func (h *History) Ops() []Op {
 	ops := slices.Clone(h.ops)
 	slices.SortStableFunc(ops, func(a, b Op) int { return int(a.Call - b.Call) })
 	return ops
+}
+
+// Newest returns the highest revision that any client was told of.
+func (h *History) Newest() int64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.newest
 }
 
 // SnapshotsSince counts the snapshots that were asked for after a moment and have been answered.
@@ -153,7 +164,7 @@ func (h *History) ChangesSince(moment int64) int {
 	defer h.mu.Unlock()
 	count := 0
 	for _, op := range h.ops {
-		if op.Call > moment && op.changes() {
+		if op.Call > moment && op.Changes() {
 			count++
 		}
 	}

@@ -62,7 +62,7 @@ func step(s state, in Input, out Output) (state, bool) {
 			return s, false
 		}
 	}
-	changes := Op{Input: in, Output: out}.changes()
+	changes := Op{Input: in, Output: out}.Changes()
 	if out.Revision < s.revision || changes && out.Revision == s.revision {
 		return s, false
 	}

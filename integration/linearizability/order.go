@@ -33,7 +33,7 @@ func checkOrder(ops []Op, s *wholeStore) error {
 			continue
 		}
 		first, last := s.span(op)
-		if op.changes() {
+		if op.Changes() {
 			first = max(first, floor+1) // nothing else can be where it is
 		}
 		if places[i] = max(first, floor); places[i] > last {
@@ -57,7 +57,7 @@ func (s *wholeStore) span(op Op) (first, last int64) {
 			return known, known
 		}
 		return 0, math.MaxInt64
-	case op.changes() || op.Input.Snapshot:
+	case op.Changes() || op.Input.Snapshot:
 		return revision, revision
 	}
 	return revision, s.nextChange(op.Input.Key, revision) - 1

@@ -59,7 +59,7 @@ func checkRealTime(ops []Op) error {
 			continue
 		}
 		floor := highest.Output.Revision
-		if op.Output.Revision < floor || op.changes() && op.Output.Revision == floor {
+		if op.Output.Revision < floor || op.Changes() && op.Output.Revision == floor {
 			return fmt.Errorf("%w: the revision went back in real time:\n  %v\n  %v", ErrViolation, highest, op)
 		}
 	}
@@ -91,7 +91,7 @@ func reconstruct(ops []Op) (*wholeStore, error) {
 				s.open[op.Input.Key] = op.Call
 			}
 		}
-		if op.changes() {
+		if op.Changes() {
 			if err := claim(op, op.Output.Revision); err != nil {
 				return nil, err
 			}
@@ -113,7 +113,7 @@ func reconstruct(ops []Op) (*wholeStore, error) {
 		revision, ok := txnRevision[op.Txn]
 		switch {
 		case !ok || op.Input.Kind == Get || op.Input.Kind == Stale:
-		case op.changes() || op.Output.Unknown:
+		case op.Changes() || op.Output.Unknown:
 			s.written[op.Input.Key] = append(s.written[op.Input.Key],
 				change{revision: revision, found: op.Input.Kind != Delete, value: op.Input.Value})
 		default:
@@ -145,7 +145,7 @@ func (s *wholeStore) checkSeen(op Op) error {
 		return nil
 	}
 	revision := op.Output.Revision
-	if op.changes() {
+	if op.Changes() {
 		revision-- // it says what was there before its own change
 	}
 	seen, want := op.Output.Seen, s.at(op.Input.Key, revision)

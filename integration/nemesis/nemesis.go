@@ -139,6 +139,7 @@ type Config struct {
 	// Progress reports whether a change that was asked for after a moment has succeeded. A live fault lasts
 	// until it does.
 	Progress func(since int64) bool
+	Broke    func(from, to time.Time) // told of every fault with the time it took to settle; nil = nobody
 	Logf     func(format string, args ...any)
 }
 
@@ -181,6 +182,12 @@ func strike(c Cluster, cfg Config, fault Fault, r *rand.Rand) (linearizability.W
 	ctx, cancel := context.WithTimeout(context.Background(), 2*cfg.Timeout)
 	defer cancel()
 	hold := between(cfg.Hold, r)
+	began := time.Now()
+	defer func() {
+		if cfg.Broke != nil {
+			cfg.Broke(began, time.Now())
+		}
+	}()
 	victims, err := fault.Inject(ctx, c, r)
 	w := linearizability.Window{Fault: fault.Name, From: cfg.Now()}
 	cfg.Logf("nemesis: %s (%s) for %v", fault.Name, strings.Join(victims, ", "), hold.Round(time.Millisecond))

@@ -1,0 +1,289 @@
+package watches
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"kvd/integration/linearizability"
+)
+
+// Traffic is a load of streams of watches of every kind.
+type Traffic struct {
+	Services []Service // one client each, which has one stream at a time
+	Keys     []string  // what others write: watches are on keys, prefixes and ranges of them
+	Seed     uint64    // of the clients' choices
+	Life     time.Duration
+	History  *linearizability.History // for its clock
+	Log      *Log
+
+	// Newest returns a revision that some client was told of, for watches to begin in the past.
+	Newest func() int64
+
+	target    atomic.Int64
+	unsettled atomic.Int64
+	group     sync.WaitGroup
+}
+
+// defaultLife is the mean time that a stream lasts unless something ends it.
+const defaultLife = 3 * time.Second
+
+// Start opens watches until ctx is done or Finish lets them end.
+func (t *Traffic) Start(ctx context.Context) {
+	if t.Life == 0 {
+		t.Life = defaultLife
+	}
+	t.unsettled.Store(int64(len(t.Services)))
+	for i := range t.Services {
+		w := &watcher{Traffic: t, node: i, random: rand.New(rand.NewPCG(t.Seed, uint64(i)+1000))}
+		t.group.Go(func() { w.run(ctx) })
+	}
+}
+
+// Finish lets every client go on until its watches have told everything up to a revision, and waits for that. An error
+// says which didn't before ctx was done; the context of Start has to be cancelled then.
+func (t *Traffic) Finish(ctx context.Context, revision int64) error {
+	t.target.Store(revision)
+	for t.unsettled.Load() > 0 {
+		if !pause(ctx, 20*time.Millisecond) {
+			return fmt.Errorf("watches: %d of %d clients have not been told of everything up to revision %d", t.unsettled.Load(), len(t.Services), revision)
+		}
+	}
+	t.group.Wait()
+	return nil
+}
+
+// Wait returns when all clients have ended.
+func (t *Traffic) Wait() { t.group.Wait() }
+
+func pause(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// watcher is one client.
+type watcher struct {
+	*Traffic
+	node   int
+	random *rand.Rand
+}
+
+// run opens one stream after the other.
+func (w *watcher) run(ctx context.Context) {
+	var before []*Watch
+	for ctx.Err() == nil {
+		watches := w.choose(before)
+		done := w.stream(ctx, watches)
+		w.Log.add(slices.DeleteFunc(slices.Clone(watches), func(w *Watch) bool { return w.Answered == 0 && len(w.Answers) == 0 })...)
+		if done {
+			w.unsettled.Add(-1)
+			return
+		}
+		before = watches
+		pause(ctx, 50*time.Millisecond)
+	}
+}
+
+// choose makes up the watches of the next stream. Most of those of the last one are resumed; all, when it is about to
+// end.
+func (w *watcher) choose(before []*Watch) (watches []*Watch) {
+	for _, b := range before {
+		next := b.next()
+		if next == 0 || w.target.Load() == 0 && w.random.IntN(4) == 0 {
+			continue
+		}
+		watches = append(watches, &Watch{Node: w.node, Key: b.Key, End: b.End, From: next, Prev: b.Prev, NoPut: b.NoPut, NoDelete: b.NoDelete, Resumed: true})
+	}
+	for n := 1 + w.random.IntN(3); len(watches) < n; {
+		watches = append(watches, w.another())
+	}
+	return watches
+}
+
+// another makes up a watch.
+func (w *watcher) another() *Watch {
+	a, b := w.Keys[w.random.IntN(len(w.Keys))], w.Keys[w.random.IntN(len(w.Keys))]
+	x := &Watch{Node: w.node, Key: []byte(a), Prev: w.random.IntN(2) == 0}
+	switch w.random.IntN(6) {
+	case 0: // everything
+		x.Key, x.End = []byte{0}, []byte{0}
+	case 1: // from a key on
+		x.End = []byte{0}
+	case 2: // a range
+		x.Key, x.End = []byte(min(a, b)), []byte(max(a, b)+"\x00")
+	case 3, 4: // a prefix: of a tag, if there are any
+		prefix := a[:1+w.random.IntN(len(a))]
+		if tag := strings.IndexByte(a, '}'); tag >= 0 {
+			prefix = a[:tag+1]
+		}
+		x.Key, x.End = []byte(prefix), prefixEnd(prefix)
+	}
+	switch w.random.IntN(10) {
+	case 0:
+		x.NoPut = true
+	case 1:
+		x.NoDelete = true
+	}
+	if newest := w.Newest(); newest > 1 && w.random.IntN(3) > 0 {
+		x.From = 1 + w.random.Int64N(newest)
+		if w.random.IntN(10) == 0 {
+			x.From = newest + w.random.Int64N(20) // of the future
+		}
+	}
+	return x
+}
+
+func prefixEnd(prefix string) []byte {
+	end := []byte(prefix)
+	for i := len(end) - 1; i >= 0; i-- {
+		if end[i] < 0xff {
+			end[i]++
+			return end[:i+1]
+		}
+	}
+	return []byte{0}
+}
+
+// stream opens one stream and follows its watches for a while; until they have told everything, if it is to end. It
+// reports whether they have.
+func (w *watcher) stream(ctx context.Context, watches []*Watch) (done bool) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := w.Services[w.node].Watch(ctx)
+	if err != nil {
+		return false
+	}
+	s := &session{watcher: w, stream: stream, watches: watches, ended: make(chan struct{})}
+	slow := w.random.IntN(3) == 0
+	reader := rand.New(rand.NewPCG(w.random.Uint64(), 0))
+	go func() {
+		defer close(s.ended)
+		defer cancel()
+		s.receive(ctx, slow, reader)
+	}()
+	done = s.create() && s.ask(ctx)
+	cancel()
+	<-s.ended
+	return done
+}
+
+func (w *Watch) request(id int64) *pb.WatchCreateRequest {
+	r := &pb.WatchCreateRequest{Key: w.Key, RangeEnd: w.End, StartRevision: w.From, PrevKv: w.Prev, WatchId: id}
+	if w.NoPut {
+		r.Filters = append(r.Filters, pb.WatchCreateRequest_NOPUT)
+	}
+	if w.NoDelete {
+		r.Filters = append(r.Filters, pb.WatchCreateRequest_NODELETE)
+	}
+	return r
+}
+
+// create asks for the watches.
+func (s *session) create() bool {
+	for i, w := range s.watches {
+		request := &pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: w.request(int64(i + 1))}}
+		if s.stream.Send(request) != nil {
+			return false
+		}
+	}
+	return true
+}
+
+// session is one stream.
+type session struct {
+	*watcher
+	stream  Stream
+	watches []*Watch
+	ended   chan struct{}
+
+	mu sync.Mutex // of what is in watches
+}
+
+// ask asks for progress now and then, until the stream has had its time.
+func (s *session) ask(ctx context.Context) (done bool) {
+	life := time.After(time.Duration(s.random.ExpFloat64() * float64(s.Life)))
+	for {
+		wait := time.Duration(s.random.ExpFloat64() * float64(s.Life) / 8)
+		if s.target.Load() > 0 {
+			life, wait = nil, 100*time.Millisecond
+		}
+		select {
+		case <-s.ended:
+			return s.settled()
+		case <-ctx.Done():
+			return false
+		case <-life:
+			return false
+		case <-time.After(min(wait, s.Life)):
+		}
+		if s.settled() {
+			return true
+		}
+		request := &pb.WatchRequest{RequestUnion: &pb.WatchRequest_ProgressRequest{ProgressRequest: &pb.WatchProgressRequest{}}}
+		if s.stream.Send(request) != nil {
+			<-s.ended
+			return s.settled()
+		}
+	}
+}
+
+// settled reports whether every watch has told everything that was asked for.
+func (s *session) settled() bool {
+	target := s.target.Load()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return target > 0 && !slices.ContainsFunc(s.watches, func(w *Watch) bool { return w.Answered == 0 || w.next() <= target })
+}
+
+// receive records what comes until the stream ends, or one of its watches does.
+func (s *session) receive(ctx context.Context, slow bool, random *rand.Rand) {
+	for {
+		if slow && random.IntN(3) == 0 {
+			pause(ctx, time.Duration(random.IntN(200))*time.Millisecond)
+		}
+		answer, err := s.stream.Recv()
+		now, received := s.History.Now(), time.Now()
+		s.mu.Lock()
+		if err != nil {
+			for _, w := range s.watches {
+				if w.Ended == "" && ctx.Err() == nil {
+					w.Ended = err.Error()
+				}
+			}
+			s.mu.Unlock()
+			return
+		}
+		for i, w := range s.watches {
+			if id := int64(i + 1); answer.WatchId == id || answer.WatchId == -1 && !answer.Canceled && w.Answered > 0 && w.Ended == "" {
+				w.take(answer, now, received)
+			}
+		}
+		s.mu.Unlock()
+		if answer.Canceled {
+			return
+		}
+	}
+}
+
+// take records an answer.
+func (w *Watch) take(answer *pb.WatchResponse, now int64, received time.Time) {
+	switch {
+	case answer.Canceled:
+		w.Compacted, w.Ended = answer.CompactRevision, "cancelled: "+answer.CancelReason
+	case answer.Created:
+		w.Answered, w.Created = now, answer.Header.Revision
+	default:
+		w.Answers = append(w.Answers, Answer{At: now, Time: received, Revision: answer.Header.Revision, Events: answer.Events})
+	}
+}
