@@ -171,5 +171,10 @@ func (w *movingWriter) Write(b []byte) (int, error) {
 
 func (w *movingWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// Flush is what streamed answers need.
-func (w *movingWriter) Flush() { _ = w.control.Flush() }
+// Flush is what streamed answers need. Then there may be nothing to write for a long time; over HTTP/2 a deadline that
+// passes ends the request even so.
+func (w *movingWriter) Flush() {
+	if w.control.Flush() == nil {
+		_ = w.control.SetWriteDeadline(time.Time{})
+	}
+}

@@ -49,21 +49,11 @@ func TestUnsupportedServices(t *testing.T) {
 	wantUnsupported(t, err)
 	_, err = pb.NewAuthClient(conn).AuthEnable(t.Context(), &pb.AuthEnableRequest{})
 	wantUnsupported(t, err)
-	watch, err := pb.NewWatchClient(conn).Watch(t.Context())
-	if err == nil {
-		_, err = watch.Recv()
-	}
-	wantUnsupported(t, err)
 	keepAlive, err := pb.NewLeaseClient(conn).LeaseKeepAlive(t.Context())
 	if err == nil {
 		_, err = keepAlive.Recv()
 	}
 	wantUnsupported(t, err)
-	for result := range n.client(t).Watch(t.Context(), "k") {
-		if result.Err() == nil {
-			t.Fatal("a watch was accepted")
-		}
-	}
 }
 
 func TestPanicsAreContained(t *testing.T) {

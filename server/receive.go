@@ -5,6 +5,7 @@ import (
 	"sync"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/tap"
 )
@@ -37,8 +38,14 @@ type receipt struct {
 
 type receiptKey struct{}
 
+// idle are the streams of which clients need not ask anything at once.
+var idle = map[string]bool{pb.Watch_Watch_FullMethodName: true, pb.Lease_LeaseKeepAlive_FullMethodName: true}
+
 // begin is told of every request when its headers have arrived.
-func (r *receipts) begin(ctx context.Context, _ *tap.Info) (context.Context, error) {
+func (r *receipts) begin(ctx context.Context, info *tap.Info) (context.Context, error) {
+	if idle[info.FullMethodName] {
+		return ctx, nil
+	}
 	one := &receipt{since: time.Now()}
 	ctx, one.cancel = context.WithCancel(ctx)
 	one.ctx = ctx

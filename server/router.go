@@ -33,9 +33,10 @@ type router struct {
 	fetches chan struct{} // one per request that reads several groups at a time
 	hashing chan struct{} // one per digest computed for another node
 
-	ctx    context.Context // ends when the router closes
-	cancel context.CancelFunc
-	rounds sync.WaitGroup
+	leaving chan struct{}   // closed when streams that would go on for ever have to end
+	ctx     context.Context // ends when the router closes
+	cancel  context.CancelFunc
+	rounds  sync.WaitGroup
 
 	mu     sync.Mutex
 	reads  map[uint64]*rounds // by group
@@ -62,6 +63,7 @@ func newRouter(cfg *Config, m *metrics) *router {
 	r.cuts.router = r
 	r.fetches = make(chan struct{}, maxMerges)
 	r.hashing = make(chan struct{}, max(cfg.MaxHashes, 1))
+	r.leaving = make(chan struct{})
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r
 }

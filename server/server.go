@@ -122,13 +122,20 @@ type Config struct {
 	MaxHTTPConnections   int           // the same for HTTP; 1024, or an eighth
 	MaxSnapshotStreams   int           // backups under way on this node; 4
 	SnapshotTimeout      time.Duration // for the client to read the next 64 KiB of a backup; 30 s
-	MaxHashes            int           // Hash and HashKV under way on this node; more wait; 4
+	MaxWatchStreams      int           // on this node; more are refused; 8192
+	MaxWatches           int           // on this node; more are refused; 262144
+	MaxStreamWatches     int           // of one stream; 65536
+	WatchTimeout         time.Duration // for the client to take what its stream tells it; 30 s
+	// WatchProgressInterval is how often watches that want it and see no events are told how far they are; 10 minutes.
+	WatchProgressInterval time.Duration
+	MaxHashes             int // Hash and HashKV under way on this node; more wait; 4
 
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
 	Gatherer   prometheus.Gatherer // for /metrics; nil = not served
 
 	faults faults
+	follow func(ctx context.Context, deliver func(watchDelivery) error) watchFeed // of tests, instead of newWatches
 }
 
 // faults are planted by tests to prove that the tests see them.
@@ -140,6 +147,7 @@ type faults struct {
 	readNewest    bool // a group answers at its newest revision instead of the cut's
 	limitPerShard bool // each group's answer is limited, and not the whole
 	shardHeader   bool // an answer has the revision of a group
+	progressAhead bool // a client is told that it has everything before it has
 	retryUnknown  bool // a write of unknown outcome is proposed again
 }
 
@@ -174,6 +182,11 @@ func (c *Config) setDefaults() {
 	setDefault(&c.MaxSnapshotStreams, 4)
 	setDefault(&c.SnapshotTimeout, 30*time.Second)
 	setDefault(&c.MaxHashes, 4)
+	setDefault(&c.MaxWatchStreams, 8192)
+	setDefault(&c.MaxWatches, 1<<18)
+	setDefault(&c.MaxStreamWatches, 1<<16)
+	setDefault(&c.WatchTimeout, 30*time.Second)
+	setDefault(&c.WatchProgressInterval, 10*time.Minute)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -208,6 +221,8 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("server: request limit of %d bytes is not between 0 and 1 GiB", c.MaxRequestBytes)
 	case c.MaxTxnOps < 0 || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0 || c.SnapshotTimeout < 0 || c.MaxHashes < 0 || c.MaxAnswerBytes < 0 || c.MaxConnections < 1 || c.MaxHTTPConnections < 1:
 		return errors.New("server: a limit is negative, or less may be pending than one request has")
+	case c.MaxWatchStreams < 0 || c.MaxWatches < 0 || c.MaxStreamWatches < 0 || c.WatchTimeout < 0 || c.WatchProgressInterval < 0:
+		return errors.New("server: a limit of watches is negative")
 	}
 	return nil
 }
@@ -217,6 +232,7 @@ type Server struct {
 	cfg         Config
 	router      *router
 	kv          *kv
+	watch       *watch
 	maintenance *maintenance
 	members     *members
 	sessions    *sessions
@@ -252,6 +268,7 @@ func New(cfg Config) (*Server, error) {
 	s.router = newRouter(&s.cfg, s.metrics)
 	s.receipts = &receipts{router: s.router}
 	s.kv = newKV(s.router)
+	s.watch = newWatch(s.router, s.recovered)
 	s.maintenance = newMaintenance(s.router)
 	s.members = newMembers(s.router)
 	s.sessions = newSessions(s.router)
@@ -334,14 +351,16 @@ func (s *Server) servingError() error {
 	return nil
 }
 
-// Close stops listening, gives the requests under way DrainTimeout to end, and
-// returns when nothing of the Server runs any more. Idempotent.
+// Close stops listening, ends the streams that would go on for ever, so that
+// their clients go elsewhere, gives the requests under way DrainTimeout to end,
+// and returns when nothing of the Server runs any more. Idempotent.
 func (s *Server) Close() error {
 	s.closing.Do(func() {
 		s.Drain()
 		s.sessions.stop() // nobody waits for a lock any more
 		ctx, cancel := context.WithTimeout(context.Background(), s.cfg.DrainTimeout)
 		defer cancel()
+		close(s.router.leaving)
 		var stopping sync.WaitGroup
 		stopping.Go(func() {
 			if s.front != nil {

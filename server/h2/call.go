@@ -31,6 +31,7 @@ type Call struct {
 	// Under the connection's lock.
 	sendWindow int64
 	grants     int  // how many bytes of the request count as receiving
+	credit     int  // of a call that is served elsewhere: what the client may send
 	arrived    bool // or it is not waited for any more
 	isOver     bool // answered or reset
 	running    bool
@@ -155,6 +156,7 @@ func (c *Call) begin(window int64) {
 	c.sendWindow = window
 	c.conn.calls[c.id] = c
 	if c.passed {
+		c.credit = defaultWindow
 		return
 	}
 	c.conn.server.arriving.Add(1)
@@ -229,11 +231,13 @@ func (c *Call) grant(n int) bool {
 
 // forget ends the accounting of a request that is arriving. It needs the lock.
 func (c *Call) forget() {
-	if c.arrived || c.passed {
+	if c.arrived {
 		return
 	}
 	c.arrived = true
-	c.conn.server.arriving.Add(-1)
+	if !c.passed {
+		c.conn.server.arriving.Add(-1)
+	}
 	if c.grants > 0 {
 		c.conn.server.receiving.Add(-int64(c.grants))
 	}

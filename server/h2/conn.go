@@ -358,10 +358,13 @@ const (
 func (c *conn) sweep(now, receiveTimeout time.Duration) {
 	cfg := &c.server.cfg
 	var expired, slow []*Call
+	var stuck []uint32
 	c.mu.Lock()
 	for _, call := range c.calls {
 		at := call.deadline.Load()
 		switch {
+		case call.passed && call.grants > 0 && now-call.since >= receiveTimeout:
+			stuck = append(stuck, call.id)
 		case call.passed:
 		case at != 0 && int64(now) >= at:
 			expired = append(expired, call)
@@ -381,15 +384,19 @@ func (c *conn) sweep(now, receiveTimeout time.Duration) {
 	switch {
 	case isStuck:
 		c.end(errEnd)
-	case ask || isDrained || len(slow) > 0:
-		c.server.calls.Go(func() { c.endSlow(slow, ask, isDrained) }) // what writes may have to wait
+	case ask || isDrained || len(slow) > 0 || len(stuck) > 0:
+		c.server.calls.Go(func() { c.endSlow(slow, stuck, ask, isDrained) }) // what writes may have to wait
 	}
 }
 
-func (c *conn) endSlow(slow []*Call, ask, isDrained bool) {
+func (c *conn) endSlow(slow []*Call, stuck []uint32, ask, isDrained bool) {
 	for _, call := range slow {
 		c.server.cfg.Slow()
 		call.refuse(errSlow)
+	}
+	for _, id := range stuck {
+		c.server.cfg.Slow()
+		c.reset(id, http2.ErrCodeCancel)
 	}
 	if ask {
 		c.send(func(b []byte) []byte { return appendPing(b, false, [8]byte{}) })

@@ -273,6 +273,11 @@ func (p *pass) frame(f http2.Frame) error {
 		c.passOn(f.StreamID, true, func(b []byte) []byte { return appendReset(b, f.StreamID, f.ErrCode) })
 	case *http2.WindowUpdateFrame:
 		if f.StreamID != 0 {
+			if !c.passCredit(f.StreamID, int(f.Increment)) {
+				reset := func(b []byte) []byte { return appendReset(b, f.StreamID, http2.ErrCodeEnhanceYourCalm) }
+				c.passOn(f.StreamID, true, reset)
+				return p.reply(reset)
+			}
 			c.passOn(f.StreamID, false, func(b []byte) []byte { return appendWindowUpdate(b, f.StreamID, f.Increment) })
 			return nil
 		}
@@ -327,6 +332,33 @@ func (c *conn) passOn(id uint32, end bool, appendTo func([]byte) []byte) {
 		c.over(call)
 	}
 	c.flush()
+}
+
+// passCredit counts what the client may send for a call that is served elsewhere; n less than 0 has come. What is more
+// than the usual window is for a large message, and counts as receiving like those that are served here. It returns false
+// if too many bytes would.
+func (c *conn) passCredit(id uint32, n int) bool {
+	s := c.server
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	call := c.calls[id]
+	if call == nil {
+		return true
+	}
+	call.credit += n
+	more := max(call.credit-defaultWindow, 0) - call.grants
+	if more == 0 {
+		return true
+	}
+	if s.receiving.Add(int64(more)) > s.cfg.MaxReceivingBytes && more > 0 {
+		s.receiving.Add(-int64(more))
+		return false
+	}
+	if call.grants == 0 {
+		call.since = s.now()
+	}
+	call.grants += more
+	return true
 }
 
 // waitStuck waits for the client. It needs the lock.

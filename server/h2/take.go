@@ -177,6 +177,7 @@ func (c *conn) takeData(f *http2.DataFrame) error {
 	case isIdle:
 		return http2.ConnectionError(http2.ErrCodeProtocol)
 	case call != nil && call.passed:
+		c.passCredit(f.StreamID, -len(f.Data()))
 		return c.pass.data(f)
 	}
 	c.credit(int(f.Length))
