@@ -125,7 +125,6 @@ func TestGateway(t *testing.T) {
 	n.expect(t, "POST", "/v3/kv/range", `{"key":"`+b64("k")+`","revision":"99"}`, 400, `"code":11`)
 	n.expect(t, "POST", "/v3/kv/range", `not json`, 400, "")
 	n.expect(t, "POST", "/v3/lease/grant", `{"TTL":5}`, 501, "leases are not supported")
-	n.expect(t, "POST", "/v3/watch", `{}`, 501, "watches are not supported")
 	n.expect(t, "GET", "/v3/kv/range", "", 501, "")
 
 	large := `{"key":"` + b64("k") + `","value":"` + strings.Repeat("A", 5<<20) + `"}`
