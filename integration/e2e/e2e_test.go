@@ -1,0 +1,253 @@
+//go:build unix
+
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+var (
+	jobsFlag = flag.Int("jobs", 4, "tests of etcd that run beside each other; they mostly wait")
+	etcdFlag = flag.Bool("etcd", false, "run the tests against etcd itself, too")
+	testFlag = flag.String("tests", "", "`regexp` of the tests of etcd to run, package:name")
+)
+
+// The strategies of kvd.
+const full, consistent = "full", "consistent"
+
+// packages of etcd's tests.
+var packages = []string{
+	"common", "integration", "integration/clientv3", "integration/clientv3/concurrency", "integration/clientv3/experimental/recipes",
+	"integration/clientv3/lease",
+}
+
+const (
+	envPort     = "KVD_E2E_BASE_PORT"
+	firstPort   = 20000 // below those that systems give to connections
+	portsPerJob = 1000
+	testTimeout = 2 * time.Minute
+	logTail     = 3 << 10 // bytes of a node's log that are shown
+	outputTail  = 12 << 10
+)
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	flag.Set("test.parallel", strconv.Itoa(*jobsFlag))
+	os.Exit(m.Run())
+}
+
+func TestFull(t *testing.T) { runKVD(t, full, "--strategy", full) }
+
+func TestConsistent(t *testing.T) {
+	runKVD(t, consistent, "--strategy", consistent, "--shards", "3", "--replication-factor", "3")
+}
+
+// TestEtcd shows that what is run passes against etcd.
+func TestEtcd(t *testing.T) {
+	if !*etcdFlag {
+		t.Skip("only with -etcd")
+	}
+	tree, err := newTree(t.Context(), t.TempDir(), packages, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	newSuite(t, tree, nil, nil).run(t)
+}
+
+func runKVD(t *testing.T, strategy string, flags ...string) {
+	skips, err := readSkips("skips.txt", strategy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree, err := newTree(t.Context(), t.TempDir(), packages, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	flags = append(flags, "--heartbeat-timeout", "300ms", "--election-timeout", "300ms")
+	env := []string{
+		"ETCD_SHIM_KVD=" + filepath.Join(tree.bin, "kvd"), "ETCD_SHIM_FLAGS=" + strings.Join(flags, " "),
+		"ETCD_SHIM_CERT=" + filepath.Join(tree.bin, "own.crt"), "ETCD_SHIM_KEY=" + filepath.Join(tree.bin, "own.key"),
+		"KVD_E2E_BINARY=" + filepath.Join(tree.bin, "kvd"), "KVD_E2E_FLAGS=" + strings.Join(flags, " "),
+	}
+	s := newSuite(t, tree, skips, env)
+	s.run(t)
+	if *testFlag != "" {
+		return
+	}
+	for _, skip := range s.skips {
+		if !skip.used {
+			t.Errorf("skips.txt: no test is like %q", skip.line)
+		}
+	}
+}
+
+// suite is what is run, and with what.
+type suite struct {
+	tree  *tree
+	skips []*skip
+	env   []string
+	ports chan int // first port of a job
+}
+
+func newSuite(t *testing.T, tree *tree, skips []*skip, env []string) *suite {
+	s := &suite{tree: tree, skips: skips, env: env, ports: make(chan int, *jobsFlag)}
+	for i := range *jobsFlag {
+		s.ports <- firstPort + i*portsPerJob
+	}
+	return s
+}
+
+// run runs every test in a process of its own: where a test ends its process, the others are not lost.
+func (s *suite) run(t *testing.T) {
+	chosen, err := regexp.Compile(*testFlag)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Run("tests", func(t *testing.T) { // returns when all are done
+		for _, pkg := range packages {
+			names, err := s.list(t.Context(), pkg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, name := range names {
+				if !chosen.MatchString(pkg + ":" + name) {
+					continue
+				}
+				reason, parts := skipsOf(s.skips, pkg, name)
+				t.Run(pkg+":"+name, func(t *testing.T) {
+					if reason != "" {
+						t.Skip(reason)
+					}
+					t.Parallel()
+					s.test(t, pkg, name, parts)
+				})
+			}
+		}
+	})
+}
+
+// list returns the names of a package's tests and examples.
+func (s *suite) list(ctx context.Context, pkg string) ([]string, error) {
+	cmd := s.command(ctx, pkg, firstPort, os.TempDir(), "-test.list", ".")
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("list the tests of %s: %w", pkg, err)
+	}
+	var names []string
+	for line := range strings.Lines(string(out)) {
+		if line = strings.TrimSpace(line); strings.HasPrefix(line, "Test") || strings.HasPrefix(line, "Example") {
+			names = append(names, line)
+		}
+	}
+	if len(names) == 0 {
+		return nil, fmt.Errorf("%s has no tests", pkg)
+	}
+	return names, nil
+}
+
+// command runs the tests of a package. When it ends or ctx does, all that it has started ends.
+func (s *suite) command(ctx context.Context, pkg string, port int, logs string, args ...string) *exec.Cmd {
+	if pkg == "common" {
+		args = append(args, "--bin-dir", s.tree.bin)
+	}
+	cmd := exec.CommandContext(ctx, filepath.Join(s.tree.bin, path.Base(pkg)+".test"), args...)
+	cmd.Dir = filepath.Join(s.tree.dir, filepath.FromSlash(pkg))
+	cmd.Env = append(os.Environ(), s.env...)
+	cmd.Env = append(cmd.Env, envPort+"="+strconv.Itoa(port), "KVD_E2E_LOGS="+logs)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = 5 * time.Second
+	return cmd
+}
+
+// skippedPart is a test or subtest that skipped itself.
+var skippedPart = regexp.MustCompile(`(?m)^ *--- SKIP: (\S+)`)
+
+// test runs one test, without the parts that are left out.
+func (s *suite) test(t *testing.T, pkg, name string, parts []*skip) {
+	port := <-s.ports
+	defer func() { s.ports <- port }()
+	args := []string{"-test.v", "-test.count=1", "-test.run", "^" + name + "$", "-test.timeout", testTimeout.String()}
+	if len(parts) > 0 {
+		var patterns []string
+		for _, p := range parts {
+			t.Logf("without %s/%s: %s", name, p.parts, p.reason)
+			patterns = append(patterns, "^"+name+"$/"+p.parts)
+		}
+		args = append(args, "-test.skip", strings.Join(patterns, "|"))
+	}
+	logs := t.TempDir()
+	ctx, cancel := context.WithTimeout(t.Context(), testTimeout+10*time.Second)
+	defer cancel()
+	cmd := s.command(ctx, pkg, port, logs, args...)
+	out, err := cmd.CombinedOutput()
+	if cmd.Process != nil {
+		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // the nodes of a test that has ended in the middle
+	}
+	if err == nil && !bytes.Contains(out, []byte("\nPASS\n")) {
+		err = errors.New("it did not say PASS")
+	}
+	if err != nil {
+		t.Errorf("%v\n%s%s", err, tail(out, outputTail), nodeLogs(logs))
+		return
+	}
+	skipped := skippedPart.FindAllSubmatch(out, -1)
+	for _, m := range skipped {
+		if string(m[1]) == name {
+			t.Skipf("it skips itself: %s", firstLog(out))
+		}
+		t.Logf("%s skips itself", m[1])
+	}
+	if bytes.Contains(out, []byte("testing: warning: no tests to run")) {
+		t.Error("no test was run")
+	}
+}
+
+// firstLog is the reason that a test gives for skipping itself.
+var logLine = regexp.MustCompile(`(?m)^ +(\S+\.go:\d+: .*)$`)
+
+func firstLog(out []byte) string {
+	all := logLine.FindAll(out, -1)
+	if len(all) == 0 {
+		return "no reason given"
+	}
+	return strings.TrimSpace(string(all[len(all)-1]))
+}
+
+func tail(text []byte, n int) []byte {
+	if len(text) > n {
+		return append([]byte("..."), text[len(text)-n:]...)
+	}
+	return text
+}
+
+// nodeLogs is the end of each node's log.
+func nodeLogs(dir string) string {
+	files, err := filepath.Glob(filepath.Join(dir, "*.log"))
+	if err != nil {
+		return err.Error()
+	}
+	var out strings.Builder
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			text = []byte(err.Error())
+		}
+		fmt.Fprintf(&out, "--- %s\n%s\n", filepath.Base(file), tail(text, logTail))
+	}
+	return out.String()
+}
