@@ -23,6 +23,8 @@ import (
 var (
 	jobsFlag = flag.Int("jobs", 4, "tests of etcd that run beside each other; they mostly wait")
 	etcdFlag = flag.Bool("etcd", false, "run the tests against etcd itself, too")
+	portFlag = flag.Int("port", 20000, "first `port` of the servers; systems give connections higher ones")
+	treeFlag = flag.String("tree", "", "`directory` to build in, where etcd's tests stay for the next run; only kvd is built again then")
 	testFlag = flag.String("tests", "", "`regexp` of the tests of etcd to run, package:name")
 )
 
@@ -37,7 +39,6 @@ var packages = []string{
 
 const (
 	envPort     = "KVD_E2E_BASE_PORT"
-	firstPort   = 20000 // below those that systems give to connections
 	portsPerJob = 1000
 	testTimeout = 2 * time.Minute
 	logTail     = 3 << 10 // bytes of a node's log that are shown
@@ -61,11 +62,23 @@ func TestEtcd(t *testing.T) {
 	if !*etcdFlag {
 		t.Skip("only with -etcd")
 	}
-	tree, err := newTree(t.Context(), t.TempDir(), packages, false)
+	tree, err := newTree(t.Context(), treeDir(t, "etcd"), packages, false)
 	if err != nil {
 		t.Fatal(err)
 	}
-	newSuite(t, tree, nil, nil).run(t)
+	skips, err := readSkips("skips.txt", "etcd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	newSuite(t, tree, skips, nil).run(t)
+}
+
+// treeDir is where to build.
+func treeDir(t *testing.T, server string) string {
+	if *treeFlag == "" {
+		return t.TempDir()
+	}
+	return filepath.Join(*treeFlag, server)
 }
 
 func runKVD(t *testing.T, strategy string, flags ...string) {
@@ -73,7 +86,7 @@ func runKVD(t *testing.T, strategy string, flags ...string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tree, err := newTree(t.Context(), t.TempDir(), packages, true)
+	tree, err := newTree(t.Context(), treeDir(t, "kvd"), packages, true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,7 +119,7 @@ type suite struct {
 func newSuite(t *testing.T, tree *tree, skips []*skip, env []string) *suite {
 	s := &suite{tree: tree, skips: skips, env: env, ports: make(chan int, *jobsFlag)}
 	for i := range *jobsFlag {
-		s.ports <- firstPort + i*portsPerJob
+		s.ports <- *portFlag + i*portsPerJob
 	}
 	return s
 }
@@ -142,7 +155,7 @@ func (s *suite) run(t *testing.T) {
 
 // list returns the names of a package's tests and examples.
 func (s *suite) list(ctx context.Context, pkg string) ([]string, error) {
-	cmd := s.command(ctx, pkg, firstPort, os.TempDir(), "-test.list", ".")
+	cmd := s.command(ctx, pkg, *portFlag, os.TempDir(), "-test.list", ".")
 	out, err := cmd.Output()
 	if err != nil {
 		return nil, fmt.Errorf("list the tests of %s: %w", pkg, err)
@@ -202,13 +215,13 @@ func (s *suite) test(t *testing.T, pkg, name string, parts []*skip) {
 		err = errors.New("it did not say PASS")
 	}
 	if err != nil {
-		t.Errorf("%v\n%s%s", err, tail(out, outputTail), nodeLogs(logs))
+		t.Errorf("%v\n%s%s", err, tail(withoutClients(out), outputTail), nodeLogs(logs))
 		return
 	}
 	skipped := skippedPart.FindAllSubmatch(out, -1)
 	for _, m := range skipped {
 		if string(m[1]) == name {
-			t.Skipf("it skips itself: %s", firstLog(out))
+			t.Skipf("it skips itself: %s", lastLog(out))
 		}
 		t.Logf("%s skips itself", m[1])
 	}
@@ -217,15 +230,36 @@ func (s *suite) test(t *testing.T, pkg, name string, parts []*skip) {
 	}
 }
 
-// firstLog is the reason that a test gives for skipping itself.
-var logLine = regexp.MustCompile(`(?m)^ +(\S+\.go:\d+: .*)$`)
-
-func firstLog(out []byte) string {
-	all := logLine.FindAll(out, -1)
-	if len(all) == 0 {
-		return "no reason given"
+// withoutClients leaves out what etcd's client and gRPC log.
+func withoutClients(out []byte) []byte {
+	var kept []byte
+	drop, indent := false, 0
+	for line := range bytes.Lines(out) {
+		in := len(line) - len(bytes.TrimLeft(line, " "))
+		if logged := logLine.FindSubmatch(line); logged != nil {
+			drop, indent = bytes.Equal(logged[1], []byte("logger.go")), in
+		} else if in <= indent {
+			drop = false // not a further line of the same message
+		}
+		if !drop {
+			kept = append(kept, line...)
+		}
 	}
-	return strings.TrimSpace(string(all[len(all)-1]))
+	return kept
+}
+
+// logLine is the first line of what a test logs.
+var logLine = regexp.MustCompile(`^ +(?:\S*/)?(\S+\.go):\d+: `)
+
+// lastLog is the reason that a test gives for skipping itself.
+func lastLog(out []byte) string {
+	last := "no reason given"
+	for line := range bytes.Lines(withoutClients(out)) {
+		if logLine.Match(line) {
+			last = string(bytes.TrimSpace(line))
+		}
+	}
+	return last
 }
 
 func tail(text []byte, n int) []byte {

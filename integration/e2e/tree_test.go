@@ -31,6 +31,9 @@ const testsModule = "go.etcd.io/etcd/tests/v3"
 // envKVD names a kvd binary to use instead of building one.
 const envKVD = "KVD_INTEGRATION_BINARY"
 
+// built is a file that is there once all has been built.
+const built = "built"
+
 // tree is a copy of etcd's tests, with what is built of it.
 type tree struct {
 	dir string // the copy
@@ -40,6 +43,9 @@ type tree struct {
 // newTree copies etcd's tests into dir and builds all that is needed to run the packages against etcd or kvd.
 func newTree(ctx context.Context, dir string, packages []string, kvd bool) (*tree, error) {
 	t := &tree{dir: filepath.Join(dir, "tests"), bin: filepath.Join(dir, "bin")}
+	if _, err := os.Stat(filepath.Join(t.bin, built)); err == nil {
+		return t, t.buildKVD(ctx, kvd)
+	}
 	if err := t.copy(ctx, dir); err != nil {
 		return nil, err
 	}
@@ -122,7 +128,7 @@ func basePort() int {
 // replaced are the functions of etcd's framework that testdata/framework/members.go has in their place.
 var replaced = []string{
 	"Cluster.RemoveMember", "Cluster.WaitMembersMatch", "Cluster.WaitMembersNoLeader", "Cluster.waitMembersForLeader", "Cluster.waitVersion",
-	"Member.Close", "Member.ElectionTimeout", "Member.ID", "Member.InjectPartition", "Member.Launch", "Member.Pause", "Member.ReadyNotify",
+	"Member.Close", "Member.ElectionTimeout", "Member.ID", "Member.InjectPartition", "Member.Launch", "Member.Metric", "Member.Pause", "Member.ReadyNotify",
 	"Member.RecoverPartition", "Member.Resume", "Member.StopNotify", "Member.Terminate", "Member.WaitOK", "Member.listenGRPC",
 	"CheckLeaderTransition", "NewCluster",
 }
@@ -197,7 +203,7 @@ func declared(f *ast.FuncDecl) string {
 
 // build builds the servers, etcdctl and the packages' tests into t.bin.
 func (t *tree) build(ctx context.Context, dir string, packages []string, kvd bool) error {
-	if err := os.Mkdir(t.bin, 0o755); err != nil {
+	if err := os.MkdirAll(t.bin, 0o755); err != nil {
 		return err
 	}
 	into := func(name string) string { return filepath.Join(t.bin, name) }
@@ -216,20 +222,29 @@ func (t *tree) build(ctx context.Context, dir string, packages []string, kvd boo
 			return err
 		}
 	}
-	if !kvd {
-		return nil
-	}
 	if err := selfSign(into("own.crt"), into("own.key")); err != nil {
 		return err
 	}
+	if err := t.buildKVD(ctx, kvd); err != nil {
+		return err
+	}
+	return os.WriteFile(into(built), nil, 0o644)
+}
+
+func (t *tree) buildKVD(ctx context.Context, kvd bool) error {
+	if !kvd {
+		return nil
+	}
+	to := filepath.Join(t.bin, "kvd")
 	if path := os.Getenv(envKVD); path != "" {
 		path, err := filepath.Abs(path)
 		if err != nil {
 			return err
 		}
-		return os.Symlink(path, into("kvd"))
+		os.Remove(to)
+		return os.Symlink(path, to)
 	}
-	return run(ctx, filepath.Join("..", ".."), "go", "build", "-o", into("kvd"), "kvd/cmd/kvd") // with kvd's own go.mod
+	return run(ctx, filepath.Join("..", ".."), "go", "build", "-o", to, "kvd/cmd/kvd") // with kvd's own go.mod
 }
 
 func run(ctx context.Context, dir string, command ...string) error {

@@ -143,7 +143,7 @@ func (m *Member) listenGRPC() error {
 	return nil
 }
 
-// Launch starts the process and returns when it serves.
+// Launch starts the process and returns when it listens, as etcd's does: a member that starts again may have no leader.
 func (m *Member) Launch() error {
 	n := m.node()
 	args := append([]string{"start"}, m.flags(n)...)
@@ -153,10 +153,6 @@ func (m *Member) Launch() error {
 		return err
 	}
 	defer log.Close()
-	from, err := log.Seek(0, 2)
-	if err != nil {
-		return err
-	}
 	n.cmd.Stdout, n.cmd.Stderr = log, log
 	if err := n.cmd.Start(); err != nil {
 		return err
@@ -165,16 +161,13 @@ func (m *Member) Launch() error {
 		cmd.Wait()
 		close(exited)
 	}(n.cmd, n.exited)
-	if err := n.waitReady(from); err != nil {
+	if err := n.await("listens", n.listens); err != nil {
 		return fmt.Errorf("%s: %w", m.Name, err)
 	}
 	m.Closed = false
 	if m.Client == nil {
-		if m.Client, err = NewClientV3(m); err != nil {
-			return err
-		}
+		m.Client, err = NewClientV3(m)
 	}
-	m.ServerClient, err = NewClientV3(m)
 	return err
 }
 
@@ -207,21 +200,32 @@ func tlsFlags(of string, info *transport.TLSInfo) []string {
 	return []string{"--" + of + "cert-file", info.CertFile, "--" + of + "key-file", info.KeyFile, "--" + of + "trusted-ca-file", ca}
 }
 
-// waitReady returns when the process has logged that it serves.
-func (n *node) waitReady(from int64) error {
+// await returns when the process does something.
+func (n *node) await(what string, does func() bool) error {
 	for deadline := time.Now().Add(readyTimeout); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
-		log, err := os.ReadFile(n.log)
-		if err != nil {
-			return err
-		}
-		if bytes.Contains(log[from:], []byte("ready to serve client requests")) {
+		if does() {
 			return nil
 		}
 		if !n.running() {
-			return fmt.Errorf("ended while starting: %s", log[from:])
+			return fmt.Errorf("ended before it %s", what)
 		}
 	}
-	return fmt.Errorf("not ready after %v", readyTimeout)
+	return fmt.Errorf("after %v it is not so that it %s", readyTimeout, what)
+}
+
+func (n *node) listens() bool {
+	conn, err := net.Dial("tcp", n.client)
+	if err != nil {
+		return false
+	}
+	conn.Close()
+	return true
+}
+
+// serves is whether the node has logged that it has answered a linearizable read, in any of its lives.
+func (n *node) serves() bool {
+	log, err := os.ReadFile(n.log)
+	return err == nil && bytes.Contains(log, []byte("ready to serve client requests"))
 }
 
 // Close stops the node in order, as an operator does.
@@ -242,7 +246,7 @@ func (m *Member) end(signal syscall.Signal) {
 		m.GRPCBridge.Close()
 		m.GRPCBridge = nil
 	}
-	if m.ServerClient != nil {
+	if m.ServerClient != nil { // only tests set it
 		m.ServerClient.Close()
 		m.ServerClient = nil
 	}
@@ -332,6 +336,11 @@ func CheckLeaderTransition(m *Member, oldLead uint64) uint64 {
 	}
 }
 
+// Metric fails: kvd's metrics are not etcd's.
+func (m *Member) Metric(name string, _ ...string) (string, error) {
+	return "", fmt.Errorf("kvd has no metric %s", name)
+}
+
 // InjectPartition has no counterpart in processes.
 func (m *Member) InjectPartition(t testutil.TB, _ ...*Member) {
 	t.Skip("kvd's processes have no switch that cuts them off from each other")
@@ -403,8 +412,14 @@ func (c *Cluster) RemoveMember(t testutil.TB, cc *clientv3.Client, id uint64) er
 	return nil
 }
 
-// waitVersion: kvd's nodes do not agree on a version.
-func (c *Cluster) waitVersion() {}
+// waitVersion waits until all serve, in the place of a version of the cluster that kvd's nodes do not agree on.
+func (c *Cluster) waitVersion() {
+	for _, m := range c.Members {
+		if err := m.node().await("serves", m.node().serves); err != nil {
+			panic(fmt.Sprintf("%s: %v", m.Name, err))
+		}
+	}
+}
 
 // waitMembersForLeader returns the member that those that run call the leader.
 func (c *Cluster) waitMembersForLeader(ctx context.Context, t testing.TB, membs []*Member) int {
