@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -132,6 +133,8 @@ func adminError(err error) error {
 	switch {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return status.FromContextError(err).Err()
+	case errors.Is(err, placement.ErrLast):
+		return rpctypes.ErrGRPCMemberNotEnoughStarted
 	case errors.Is(err, placement.ErrUnknownMember):
 		code = codes.NotFound
 	case errors.Is(err, placement.ErrTooFew), errors.Is(err, placement.ErrQuorum), errors.Is(err, placement.ErrMemberExists):

@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -143,6 +144,7 @@ func TestAdminErrors(t *testing.T) {
 		{fmt.Errorf("%w: n9", placement.ErrUnknownMember), codes.NotFound},
 		{placement.ErrTooFew, codes.FailedPrecondition},
 		{placement.ErrQuorum, codes.FailedPrecondition},
+		{fmt.Errorf("%w: n1", placement.ErrLast), codes.FailedPrecondition},
 		{placement.ErrMemberExists, codes.FailedPrecondition},
 		{placement.ErrConflict, codes.Unavailable},
 		{errors.New("no leader"), codes.Unavailable},
@@ -152,6 +154,9 @@ func TestAdminErrors(t *testing.T) {
 		check(c.err, c.code)
 		cluster.fail = fmt.Errorf("forwarded: %w", remoteAdminError(c.err))
 		check(c.err, c.code)
+	}
+	if err := adminError(remoteAdminError(placement.ErrLast)); !errors.Is(rpctypes.Error(err), rpctypes.ErrMemberNotEnoughStarted) {
+		t.Errorf("etcd's clients are told %v", err)
 	}
 	if text := adminError(fmt.Errorf("%w: n9", placement.ErrUnknownMember)).Error(); !strings.HasSuffix(text, "desc = kvd: no such member: n9") {
 		t.Error(text)

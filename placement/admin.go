@@ -17,6 +17,8 @@ var (
 	ErrMemberExists = errors.New("placement: the name is taken")
 	// ErrTooFew: too few members would be left. It may be forced.
 	ErrTooFew = errors.New("placement: too few live nodes would remain")
+	// ErrLast: it is the only member. It cannot be forced.
+	ErrLast = errors.New("placement: it is the only member")
 	// ErrQuorum: the rest would have no quorum. It cannot be forced.
 	ErrQuorum = errors.New("placement: the remaining members would have no quorum")
 )
@@ -118,6 +120,9 @@ func (r *Reconciler) Leave(ctx context.Context, name string, force bool) error {
 	remaining, alive, err := r.remaining(ctx, m, name)
 	if err != nil {
 		return err
+	}
+	if remaining == 0 {
+		return fmt.Errorf("%w: %s", ErrLast, name)
 	}
 	if votes := min(remaining, votesOf(m.Config, remaining)); 2*alive <= votes {
 		return fmt.Errorf("%w: of the %d others, %d are known to be alive", ErrQuorum, remaining, alive)

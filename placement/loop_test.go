@@ -257,6 +257,18 @@ func TestAMemberThatIsNeededCannotLeave(t *testing.T) {
 	})
 }
 
+func TestTheOnlyMemberCannotLeave(t *testing.T) {
+	bubble(t, 1, nil, func(t *testing.T, c *testCluster) {
+		c.await(30*time.Second, "founding", func(m *Map, o Overview) bool { return len(m.Members) == 1 })
+		leader := c.leader()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		if err := leader.reconciler.Leave(ctx, leader.name, true); !errors.Is(err, ErrLast) {
+			t.Errorf("the only member leaves: %v", err)
+		}
+	})
+}
+
 // join starts a node that is no founder.
 func (c *testCluster) join(name string, incarnation uint64, weight float64) *testNode {
 	c.t.Helper()

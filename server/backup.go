@@ -104,6 +104,7 @@ func (w *snapshotWriter) flush() error {
 // transaction, and with it space in the file. gRPC ends a Send left behind when
 // the request ends.
 func (w *snapshotWriter) send(message *pb.SnapshotResponse) error {
+	message.Version = storageVersion
 	sent := make(chan error, 1)
 	if !w.router.spawn(func() { sent <- w.stream.Send(message) }) {
 		return context.Canceled

@@ -195,6 +195,9 @@ func TestSnapshot(t *testing.T) {
 		if want := max(0, first-int64(all.Len())); int64(m.RemainingBytes) != want {
 			t.Fatalf("message %d announces %d remaining bytes, want %d", messages, m.RemainingBytes, want)
 		}
+		if m.Version != "3.7.0" {
+			t.Fatalf("message %d is of version %q", messages, m.Version)
+		}
 		messages++
 	}
 	if all.Len()%512 != sha256.Size || messages < 3 {
