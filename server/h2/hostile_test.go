@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/encoding/gzip"
 	testpb "google.golang.org/grpc/interop/grpc_testing"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
 )
 
 // A burst of calls with large headers that are passed on waits for the other server; it does not end the connection.
@@ -599,6 +600,51 @@ func (w *raw) verify(t *testing.T, conn uint64, answered *atomic.Int64) {
 					t.Errorf("call %d has %d bytes that are not its own answer of %d", id, len(got[id]), len(want))
 				}
 			}
+		}
+	}
+}
+
+// Large messages that do not arrive are bounded and ended, also where the other server waits for them.
+func TestLargeMessagesThatArePassedOnAreBounded(t *testing.T) {
+	r := newRig(t, echo, func(c *Config) { c.MaxReceivingBytes, c.ReceiveTimeout = 1<<20, 200*time.Millisecond })
+	w := r.raw(t)
+	begin := func(id uint32) {
+		w.headers(id, "host", "x") // the other server's
+		w.do(w.WriteData(id, false, message(800 << 10)[:1000]))
+	}
+	begin(1)
+	for { // until it may send the rest
+		f, err := w.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if u, ok := f.(*http2.WindowUpdateFrame); ok && u.StreamID == 1 && u.Increment > 700<<10 {
+			break
+		}
+	}
+	begin(3)
+	if how, _ := w.outcome(3); how != "reset ENHANCE_YOUR_CALM" {
+		t.Error(how)
+	}
+	if how, _ := w.outcome(1); how != "reset CANCEL" || r.slow.Load() != 1 {
+		t.Errorf("%s, %d slow requests", how, r.slow.Load())
+	}
+	stream, err := r.client(t).FullDuplexCall(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := seeded(t)
+	for range 5 {
+		want := &testpb.StreamingOutputCallRequest{Payload: payload(g, 800<<10)}
+		if err := stream.Send(want); err != nil {
+			t.Fatal(err)
+		}
+		got, err := stream.Recv()
+		if err != nil || !proto.Equal(got.Payload, want.Payload) {
+			t.Fatalf("%v, %d bytes", err, len(got.GetPayload().GetBody()))
+		}
+		for r.receiving.Load() != 0 {
+			time.Sleep(time.Millisecond)
 		}
 	}
 }
