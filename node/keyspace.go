@@ -1,6 +1,8 @@
 package node
 
 import (
+	"time"
+
 	"kvd/placement"
 	"kvd/ring"
 	"kvd/server"
@@ -37,6 +39,13 @@ func (k keyspace) Group(key []byte) uint64 {
 	return placement.GroupOf(ring.ShardOf(key, k.shards))
 }
 
+func (k keyspace) Lease(id int64) uint64 {
+	if k.shards == 0 {
+		return group0
+	}
+	return placement.GroupOf(ring.ShardOfLease(id, k.shards))
+}
+
 func (k keyspace) All() []uint64 { return k.all }
 
 func (k keyspace) Nodes(group uint64) []string {
@@ -61,4 +70,10 @@ func routesOf(m *placement.Map) *routes {
 		}
 	}
 	return &r
+}
+
+// minLeaseTTL is how many seconds a lease has at least, as in etcd: a holder that is there must be able to renew it
+// through an election.
+func minLeaseTTL(election time.Duration) int64 {
+	return int64((election*3/2 + time.Second - 1) / time.Second)
 }

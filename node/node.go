@@ -168,6 +168,7 @@ func (n *Node) connect(l *listeners) error {
 		Services:     func(s grpc.ServiceRegistrar) { kvdpb.RegisterAdminServer(s, newAdmin(n)) },
 		TempDir:      n.cfg.DataDir,
 		Streams:      n.groups.streams,
+		MinLeaseTTL:  minLeaseTTL(n.cfg.ElectionTimeout),
 		NoSpace:      newDiskGuard(n.log, n.cfg.DataDir, n.freeBytes, n.cfg.MinDiskFree).full,
 		TLS:          clientTLS,
 		OnlyGRPCGo:   n.cfg.GRPCServer == GRPCServerGo,

@@ -6,6 +6,8 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
+
+	"kvd/fsm"
 )
 
 // The checks of this file give etcd's answers, in etcd's order, before a
@@ -33,6 +35,20 @@ func checkPut(r *pb.PutRequest) error {
 		return rpctypes.ErrGRPCLeaseProvided
 	}
 	return nil
+}
+
+// checkForwardedRequest holds what another node proposes against the same rules as
+// this one.
+func checkForwardedRequest(request fsm.Request) error {
+	switch request.Space {
+	case fsm.User:
+		return checkForwarded(request.Data)
+	case fsm.LeaseCommands:
+		if _, err := fsm.ParseLeaseCommand(request.Data); err == nil {
+			return nil
+		}
+	}
+	return errMalformed
 }
 
 // checkForwarded holds a write from another node against the same rules as a
@@ -66,7 +82,20 @@ func checkForwarded(data []byte) error {
 	if r.Compaction != nil {
 		commands++
 	}
+	if r.LeaseGrant != nil {
+		commands, err = commands+1, checkGrant(r.LeaseGrant)
+	}
+	if r.LeaseRevoke != nil {
+		commands++
+	}
 	if err != nil || commands != 1 {
+		return errMalformed
+	}
+	return nil
+}
+
+func checkGrant(r *pb.LeaseGrantRequest) error {
+	if r.ID == 0 || r.TTL <= 0 || r.TTL > maxLeaseTTL {
 		return errMalformed
 	}
 	return nil

@@ -28,6 +28,7 @@ type fakeReplica struct {
 
 	onPropose   func(context.Context, fsm.Request) (fsm.Result, error)
 	onReadIndex func(context.Context) (uint64, error)
+	onConfirm   func(context.Context) (index, term uint64, err error)
 	onTransfer  func(ctx context.Context, node string) error
 
 	mu       sync.Mutex
@@ -59,7 +60,7 @@ func (f *fakeReplica) apply(r fsm.Request) (fsm.Result, error) {
 	var b fsm.EntryBuilder
 	b.Add(r)
 	f.index++
-	results, err := f.store.Apply(f.index, 1, b.Bytes())
+	results, err := f.store.Apply(f.index, max(f.leader.Term, 1), b.Bytes())
 	if err != nil {
 		return fsm.Result{}, err
 	}
@@ -75,6 +76,17 @@ func (f *fakeReplica) ReadIndex(ctx context.Context) (uint64, error) {
 
 func (f *fakeReplica) ReadIndexAt(ctx context.Context, _ int64) (uint64, error) {
 	return f.ReadIndex(ctx)
+}
+
+func (f *fakeReplica) Confirm(ctx context.Context) (index, term uint64, err error) {
+	if f.onConfirm != nil {
+		return f.onConfirm(ctx)
+	}
+	leader := f.Leader()
+	if !leader.Self || f.store == nil {
+		return 0, 0, shard.ErrNotLeader
+	}
+	return f.store.AppliedIndex(), leader.Term, nil
 }
 
 func (f *fakeReplica) AcquireState(ctx context.Context, index uint64) (*fsm.Store, func(), error) {

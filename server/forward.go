@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"runtime/debug"
 	"time"
@@ -195,6 +196,7 @@ func (r *router) handlers() map[string]HandlerFunc {
 		methodPropose:   r.guarded(r.handlePropose),
 		methodReadIndex: r.guarded(r.handleReadIndex),
 	}
+	maps.Copy(all, r.leases.handlers())
 	if r.sharded {
 		all[methodPage] = r.guarded(r.handlePage)
 		all[methodReadTxn] = r.guarded(r.handleReadTxn)
@@ -228,10 +230,11 @@ func (r *router) guarded(h HandlerFunc) HandlerFunc {
 }
 
 func (r *router) handlePropose(ctx context.Context, _ string, payload []byte) ([]byte, error) {
-	if len(payload) < proposeHeader || payload[0] != protocolVersion || payload[2] != byte(fsm.User) {
+	if len(payload) < proposeHeader || payload[0] != protocolVersion {
 		return answer(codeMalformed), nil
 	}
-	if err := checkForwarded(payload[proposeHeader:]); err != nil {
+	request := fsm.Request{Space: fsm.Space(payload[2]), Data: payload[proposeHeader:]}
+	if err := checkForwardedRequest(request); err != nil {
 		return answer(codeOf(err)), nil
 	}
 	group := binary.BigEndian.Uint64(payload[3:])
@@ -241,7 +244,6 @@ func (r *router) handlePropose(ctx context.Context, _ string, payload []byte) ([
 	}
 	ctx, cancel := withMillis(ctx, binary.BigEndian.Uint32(payload[11:]))
 	defer cancel()
-	request := fsm.Request{Space: fsm.User, Data: payload[proposeHeader:]}
 	result, err := r.proposeHere(ctx, replica, request, payload[1]&flagGrows != 0)
 	switch {
 	case err != nil:

@@ -12,6 +12,8 @@ type Groups interface {
 	// Group is the group of a key, the same for keys with equal ring.Tag. It
 	// never changes, and is one of All as soon as that is not empty.
 	Group(key []byte) uint64
+	// Lease is the group that is a lease's home. Like Group it never changes.
+	Lease(id int64) uint64
 	// All lists the groups that have keys, in ascending order; empty as long as
 	// this node does not know the cluster map. The caller must not change it.
 	All() []uint64
@@ -42,5 +44,6 @@ var onlyGroup = []uint64{userGroup}
 
 func (everything) Sharded() bool         { return false }
 func (everything) Group([]byte) uint64   { return userGroup }
+func (everything) Lease(int64) uint64    { return userGroup }
 func (everything) All() []uint64         { return onlyGroup }
 func (everything) Nodes(uint64) []string { return nil }

@@ -36,6 +36,7 @@ func (s *Server) newGRPC(more ...grpc.ServerOption) *grpc.Server {
 	server := grpc.NewServer(options...)
 	pb.RegisterKVServer(server, s.kv)
 	pb.RegisterWatchServer(server, s.watch)
+	pb.RegisterLeaseServer(server, s.lease)
 	pb.RegisterClusterServer(server, s.members)
 	pb.RegisterMaintenanceServer(server, s.maintenance)
 	v3lockpb.RegisterLockServer(server, newLocks(s.sessions))

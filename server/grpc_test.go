@@ -45,14 +45,7 @@ func wantUnsupported(t *testing.T, err error) {
 func TestUnsupportedServices(t *testing.T) {
 	n := startNode(t, nil)
 	conn := n.dial(t)
-	_, err := pb.NewLeaseClient(conn).LeaseGrant(t.Context(), &pb.LeaseGrantRequest{TTL: 5})
-	wantUnsupported(t, err)
-	_, err = pb.NewAuthClient(conn).AuthEnable(t.Context(), &pb.AuthEnableRequest{})
-	wantUnsupported(t, err)
-	keepAlive, err := pb.NewLeaseClient(conn).LeaseKeepAlive(t.Context())
-	if err == nil {
-		_, err = keepAlive.Recv()
-	}
+	_, err := pb.NewAuthClient(conn).AuthEnable(t.Context(), &pb.AuthEnableRequest{})
 	wantUnsupported(t, err)
 }
 

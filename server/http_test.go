@@ -124,7 +124,15 @@ func TestGateway(t *testing.T) {
 	n.expect(t, "POST", "/v3/kv/range", `{}`, 400, `"message":"etcdserver: key is not provided"`)
 	n.expect(t, "POST", "/v3/kv/range", `{"key":"`+b64("k")+`","revision":"99"}`, 400, `"code":11`)
 	n.expect(t, "POST", "/v3/kv/range", `not json`, 400, "")
-	n.expect(t, "POST", "/v3/lease/grant", `{"TTL":5}`, 501, "leases are not supported")
+	n.expect(t, "POST", "/v3/lease/grant", `{"ID":7,"TTL":5}`, 200, `"TTL":"5"`)
+	n.expect(t, "POST", "/v3/lease/keepalive", `{"ID":7}`, 200, `"TTL":"5"`)
+	for _, path := range []string{"/v3/lease/", "/v3/kv/lease/"} { // etcd's names, old and new
+		n.expect(t, "POST", path+"leases", `{}`, 200, `"ID":"7"`)
+		n.expect(t, "POST", path+"timetolive", `{"ID":7}`, 200, `"grantedTTL":"5"`)
+		n.expect(t, "POST", path+"timetolive", `{"ID":8}`, 200, `"TTL":"-1"`)
+		n.expect(t, "POST", path+"revoke", `{"ID":8}`, 404, "requested lease not found")
+	}
+	n.expect(t, "POST", "/v3/kv/lease/revoke", `{"ID":7}`, 200, `"revision"`)
 	n.expect(t, "GET", "/v3/kv/range", "", 501, "")
 
 	large := `{"key":"` + b64("k") + `","value":"` + strings.Repeat("A", 5<<20) + `"}`

@@ -199,7 +199,9 @@ func (s *kv) put(ctx context.Context, r *pb.PutRequest, encode func() ([]byte, e
 	if err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}
-	resp, err := proposeData[pb.PutResponse](ctx, s.router, group, data, true)
+	resp, err := attaching(ctx, s.router, group, leaseOfPut(r), func(ctx context.Context) (*pb.PutResponse, error) {
+		return proposeData[pb.PutResponse](ctx, s.router, group, data, true)
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -246,7 +248,17 @@ func (s *kv) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error)
 }
 
 func (s *kv) writeTxn(ctx context.Context, group uint64, r *pb.TxnRequest) (*pb.TxnResponse, error) {
-	return propose[pb.TxnResponse](ctx, s.router, group, &pb.InternalRaftRequest{Txn: r}, grows(r))
+	data, err := proto.Marshal(&pb.InternalRaftRequest{Txn: r})
+	if err != nil {
+		return nil, status.Error(codes.Internal, err.Error())
+	}
+	var leases []int64
+	if s.router.sharded {
+		leases = leasesOfTxn(r)
+	}
+	return attaching(ctx, s.router, group, leases, func(ctx context.Context) (*pb.TxnResponse, error) {
+		return proposeData[pb.TxnResponse](ctx, s.router, group, data, grows(r))
+	})
 }
 
 func (s *kv) readTxn(ctx context.Context, group uint64, r *pb.TxnRequest) (*pb.TxnResponse, error) {

@@ -14,6 +14,7 @@ type metrics struct {
 	forwardedWrites, forwardedReads, cuts     prometheus.Counter
 	readRounds, retries                       prometheus.Counter
 	serializable, shed, unknown, panics, slow prometheus.Counter
+	leasesExpired, leasesRenewed              prometheus.Counter
 	snapshotBytes, httpHealthy, httpFailed    prometheus.Counter
 }
 
@@ -34,6 +35,8 @@ func newMetrics(registerer prometheus.Registerer) (*metrics, error) {
 	m.unknown = counter("unknown_outcomes_total", "Writes whose outcome could not be told to the client.")
 	m.slow = counter("slow_requests_total", "Requests given up because their message did not arrive.")
 	m.panics = counter("panics_total", "Requests that ended in a panic.")
+	m.leasesExpired = counter("leases_expired_total", "Leases that this node has ended because their time was over.")
+	m.leasesRenewed = counter("lease_renewals_total", "Renewals that this node has answered as the leader, or was asked in vain for.")
 	m.snapshotBytes = counter("snapshot_sent_bytes_total", "Bytes of backups sent to clients.")
 	m.httpHealthy = counter("health_success_total", "Checks at /health that succeeded.")
 	m.httpFailed = counter("health_failures_total", "Checks at /health that failed.")

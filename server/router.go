@@ -29,10 +29,12 @@ type router struct {
 	behind  silences[uint64] // groups whose replica here lags, or knows no leader
 	sizes   pageSizes
 	cuts    cuts
+	leases  leases
 	gating  atomic.Int64  // groups whose gates other nodes wait for
 	fetches chan struct{} // one per request that reads several groups at a time
 	hashing chan struct{} // one per digest computed for another node
 
+	started time.Time
 	leaving chan struct{}   // closed when streams that would go on for ever have to end
 	ctx     context.Context // ends when the router closes
 	cancel  context.CancelFunc
@@ -60,7 +62,7 @@ var (
 
 func newRouter(cfg *Config, m *metrics) *router {
 	r := &router{cfg: cfg, metrics: m, sizes: defaultPageSizes, sharded: cfg.Groups.Sharded(), reads: make(map[uint64]*rounds), answers: answers{max: cfg.MaxAnswerBytes}}
-	r.cuts.router = r
+	r.cuts.router, r.leases.router, r.started = r, r, time.Now()
 	r.fetches = make(chan struct{}, maxMerges)
 	r.hashing = make(chan struct{}, max(cfg.MaxHashes, 1))
 	r.leaving = make(chan struct{})
@@ -76,6 +78,9 @@ func (r *router) close() {
 	r.cancel()
 	r.rounds.Wait()
 }
+
+// now is a monotonic clock.
+func (r *router) now() time.Duration { return time.Since(r.started) }
 
 // write is a request on its way into the log.
 type write struct {

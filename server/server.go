@@ -38,6 +38,7 @@ type Replica interface {
 	Propose(ctx context.Context, request fsm.Request) (fsm.Result, error)
 	ReadIndex(ctx context.Context) (uint64, error)
 	ReadIndexAt(ctx context.Context, at int64) (uint64, error)
+	Confirm(ctx context.Context) (index, term uint64, err error)
 	AcquireState(ctx context.Context, minIndex uint64) (*fsm.Store, func(), error)
 	Leader() shard.Leader
 	LeaderChanged() <-chan struct{}
@@ -128,7 +129,11 @@ type Config struct {
 	WatchTimeout         time.Duration // for the client to take what its stream tells it; 30 s
 	// WatchProgressInterval is how often watches that want it and see no events are told how far they are; 10 minutes.
 	WatchProgressInterval time.Duration
-	MaxHashes             int // Hash and HashKV under way on this node; more wait; 4
+	MaxHashes             int   // Hash and HashKV under way on this node; more wait; 4
+	MinLeaseTTL           int64 // seconds that a lease has at least; 2
+	// LeaseCheckpointInterval is how long a lease goes on before what remains of its time is kept in the log, for the
+	// next leader; 5 minutes, less than 0 = never.
+	LeaseCheckpointInterval time.Duration
 
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
@@ -140,15 +145,19 @@ type Config struct {
 
 // faults are planted by tests to prove that the tests see them.
 type faults struct {
-	joinSentRound bool // a read joins a round whose request has already been sent
-	joinBegunCut  bool // a read joins a cut whose revision has already been asked for
-	missShard     bool // a cut lacks a group
-	skipGates     bool // a cut does not make the groups complete
-	readNewest    bool // a group answers at its newest revision instead of the cut's
-	limitPerShard bool // each group's answer is limited, and not the whole
-	shardHeader   bool // an answer has the revision of a group
-	progressAhead bool // a client is told that it has everything before it has
-	retryUnknown  bool // a write of unknown outcome is proposed again
+	joinSentRound      bool // a read joins a round whose request has already been sent
+	joinBegunCut       bool // a read joins a cut whose revision has already been asked for
+	missShard          bool // a cut lacks a group
+	skipGates          bool // a cut does not make the groups complete
+	readNewest         bool // a group answers at its newest revision instead of the cut's
+	limitPerShard      bool // each group's answer is limited, and not the whole
+	shardHeader        bool // an answer has the revision of a group
+	progressAhead      bool // a client is told that it has everything before it has
+	retryUnknown       bool // a write of unknown outcome is proposed again
+	keepReigns         bool // a leader goes on with the leases' time of an earlier term, whenever it leads
+	renewUnconfirmed   bool // leases are renewed by whoever thinks to lead
+	keepCheckpoints    bool // a renewal leaves the checkpoint in the table
+	attachUnregistered bool // the lease's home is not told of the groups that have its keys
 }
 
 const (
@@ -187,6 +196,8 @@ func (c *Config) setDefaults() {
 	setDefault(&c.MaxStreamWatches, 1<<16)
 	setDefault(&c.WatchTimeout, 30*time.Second)
 	setDefault(&c.WatchProgressInterval, 10*time.Minute)
+	setDefault(&c.MinLeaseTTL, 2)
+	setDefault(&c.LeaseCheckpointInterval, 5*time.Minute)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -219,7 +230,7 @@ func (c *Config) Validate() error {
 		return errors.New("server: Revisions are required for a sharded key space")
 	case c.MaxRequestBytes < 0 || c.MaxRequestBytes > 1<<30:
 		return fmt.Errorf("server: request limit of %d bytes is not between 0 and 1 GiB", c.MaxRequestBytes)
-	case c.MaxTxnOps < 0 || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0 || c.SnapshotTimeout < 0 || c.MaxHashes < 0 || c.MaxAnswerBytes < 0 || c.MaxConnections < 1 || c.MaxHTTPConnections < 1:
+	case c.MaxTxnOps < 0 || c.MinLeaseTTL < 0 || c.MinLeaseTTL > maxLeaseTTL || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0 || c.SnapshotTimeout < 0 || c.MaxHashes < 0 || c.MaxAnswerBytes < 0 || c.MaxConnections < 1 || c.MaxHTTPConnections < 1:
 		return errors.New("server: a limit is negative, or less may be pending than one request has")
 	case c.MaxWatchStreams < 0 || c.MaxWatches < 0 || c.MaxStreamWatches < 0 || c.WatchTimeout < 0 || c.WatchProgressInterval < 0:
 		return errors.New("server: a limit of watches is negative")
@@ -233,6 +244,7 @@ type Server struct {
 	router      *router
 	kv          *kv
 	watch       *watch
+	lease       *lease
 	maintenance *maintenance
 	members     *members
 	sessions    *sessions
@@ -269,6 +281,7 @@ func New(cfg Config) (*Server, error) {
 	s.receipts = &receipts{router: s.router}
 	s.kv = newKV(s.router)
 	s.watch = newWatch(s.router, s.recovered)
+	s.lease = &lease{router: s.router}
 	s.maintenance = newMaintenance(s.router)
 	s.members = newMembers(s.router)
 	s.sessions = newSessions(s.router)
@@ -285,11 +298,15 @@ func New(cfg Config) (*Server, error) {
 		s.serving.Go(func() { _ = s.grpc.Serve(s.inner) })
 	}
 	s.http = s.newHTTP()
+	s.router.spawn(s.router.leases.run)
 	return s, nil
 }
 
 // KV is the key-value service, for callers inside the process.
 func (s *Server) KV() pb.KVServer { return s.kv }
+
+// Lease is the lease service, for callers inside the process.
+func (s *Server) Lease() pb.LeaseServer { return s.lease }
 
 // AcquireSystem pins this node's state of group 0, which has applied every
 // change of the system key space that was acknowledged before the call. release

@@ -151,12 +151,12 @@ func (w *world) history(t *testing.T) map[int64]*pb.PutRequest {
 	for _, s := range w.shards {
 		for _, entry := range s.log {
 			const header = 22
-			_, n := binary.Uvarint(entry[header+1:])
+			_, n := binary.Uvarint(entry.data[header+1:])
 			var r pb.InternalRaftRequest
-			if err := proto.Unmarshal(entry[header+1+n:], &r); err != nil {
+			if err := proto.Unmarshal(entry.data[header+1+n:], &r); err != nil {
 				t.Fatal(err)
 			}
-			floor := int64(binary.LittleEndian.Uint64(entry[2:]))
+			floor := int64(binary.LittleEndian.Uint64(entry.data[2:]))
 			if written[floor] != nil {
 				t.Fatalf("two writes at %d", floor)
 			}

@@ -13,7 +13,6 @@ var unsupportedServices = []struct {
 	desc *grpc.ServiceDesc
 	err  error
 }{
-	{&pb.Lease_ServiceDesc, unsupported("leases are")},
 	{&pb.Auth_ServiceDesc, unsupported("users, roles and authentication are")},
 }
 

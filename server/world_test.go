@@ -56,7 +56,7 @@ func newWorld(t testing.TB, nodes, shards, replicas int, edit func(*Config)) *wo
 	for i := range shards {
 		group := uint64(i + 1)
 		w.groups = append(w.groups, group)
-		s := &fakeShard{w: w, group: group, changed: make(chan struct{}), replicas: make(map[string]*shardReplica)}
+		s := &fakeShard{w: w, group: group, term: 1, changed: make(chan struct{}), replicas: make(map[string]*shardReplica)}
 		for j := range replicas {
 			node := w.nodes[(i+j)%nodes]
 			s.order = append(s.order, node)
@@ -124,6 +124,8 @@ func openShardStore(t testing.TB, group uint64) *fsm.Store {
 func (w *world) Sharded() bool { return true }
 
 func (w *world) Group(key []byte) uint64 { return uint64(ring.ShardOf(key, len(w.groups))) + 1 }
+
+func (w *world) Lease(id int64) uint64 { return uint64(ring.ShardOfLease(id, len(w.groups))) + 1 }
 
 func (w *world) All() []uint64 {
 	if w.unknown {
@@ -220,12 +222,17 @@ type fakeShard struct {
 	turn sync.Mutex // batches one after the other, from their revision to the log
 
 	mu       sync.Mutex
-	log      [][]byte
+	log      []fakeEntry
 	gate     int64
 	leader   string // "" = none
 	term     uint64
 	changed  chan struct{}
 	replicas map[string]*shardReplica
+}
+
+type fakeEntry struct {
+	term uint64
+	data []byte
 }
 
 // elect makes a node lead, or none.
@@ -246,6 +253,7 @@ type shardReplica struct {
 
 	// under s.mu
 	applied int
+	stale   uint64 // thinks to lead in this term; 0 = does not
 	hidden  bool   // Config.Replica does not return it
 	frozen  bool   // applies nothing
 	deaf    bool   // does not hear who leads
@@ -294,9 +302,9 @@ func (r *shardReplica) append(floor int64, request fsm.Request) (result fsm.Resu
 		return result, false, nil
 	}
 	var b fsm.EntryBuilder
-	b.SetFloor(floor, 1)
+	b.SetFloor(floor, s.term)
 	b.Add(request)
-	s.log = append(s.log, bytes.Clone(b.Bytes()))
+	s.log = append(s.log, fakeEntry{s.term, bytes.Clone(b.Bytes())})
 	for r.applied < len(s.log) {
 		results, err := r.applyNext()
 		if err != nil {
@@ -311,7 +319,8 @@ func (r *shardReplica) append(floor int64, request fsm.Request) (result fsm.Resu
 }
 
 func (r *shardReplica) applyNext() ([]fsm.Result, error) {
-	results, err := r.store.Apply(uint64(r.applied)+1, 1, r.s.log[r.applied])
+	e := r.s.log[r.applied]
+	results, err := r.store.Apply(uint64(r.applied)+1, e.term, e.data)
 	r.applied++
 	return results, err
 }
@@ -331,6 +340,15 @@ func (r *shardReplica) ReadIndexAt(ctx context.Context, at int64) (uint64, error
 		hook(r.s.group, at)
 	}
 	return index, err
+}
+
+func (r *shardReplica) Confirm(ctx context.Context) (index, term uint64, err error) {
+	r.s.turn.Lock() // as in ReadIndex
+	defer r.s.turn.Unlock()
+	index, err = r.index(ctx, 0)
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	return index, r.s.term, err
 }
 
 func (r *shardReplica) index(ctx context.Context, at int64) (uint64, error) {
@@ -374,6 +392,9 @@ func (r *shardReplica) Leader() shard.Leader {
 	node := r.s.leader
 	if r.deaf {
 		node = r.heard
+	}
+	if r.stale > 0 && !r.leads() {
+		return shard.Leader{Node: r.node, ID: raft.ServerID(r.node + "/1"), Term: r.stale, Self: true}
 	}
 	return shard.Leader{Node: node, ID: raft.ServerID(node + "/1"), Term: r.s.term, Self: r.leads()}
 }

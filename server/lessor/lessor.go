@@ -2,7 +2,7 @@
 // has the clock, the lease table and the log, and calls it from one goroutine at a time.
 //
 // A lease is given out for revocation when its time is over and never renewed from then on. The time begins anew with
-// each Lessor, because earlier leaders may have renewed leases without a trace in the log (docs/design.md section 15).
+// each Lessor, because earlier leaders may have renewed leases without a trace in the log (docs/design.md section 7).
 package lessor
 
 import (
