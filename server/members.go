@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"errors"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -54,8 +55,9 @@ func (s *members) MemberAdd(context.Context, *pb.MemberAddRequest) (*pb.MemberAd
 }
 
 // MemberRemove begins to take a node out of the cluster: its replicas are
-// rebuilt on other nodes first, and it is listed until that is done. As in etcd,
-// it is refused where too few nodes would be left.
+// rebuilt on other nodes first, and it is listed until that is done. The answer
+// waits a moment for that, because etcd lists who is left. As in etcd, it is
+// refused where too few nodes would be left.
 func (s *members) MemberRemove(ctx context.Context, r *pb.MemberRemoveRequest) (*pb.MemberRemoveResponse, error) {
 	if s.router.cfg.Members == nil {
 		return nil, errMemberChange
@@ -69,9 +71,28 @@ func (s *members) MemberRemove(ctx context.Context, r *pb.MemberRemoveRequest) (
 	if err := s.router.cfg.Members.Leave(ctx, member.Name, false); err != nil {
 		return nil, leaveStatus(err)
 	}
+	s.awaitLeft(ctx, r.ID)
 	resp := &pb.MemberRemoveResponse{Header: &pb.ResponseHeader{}, Members: s.list()}
 	s.router.fill(resp.Header)
 	return resp, nil
+}
+
+// awaitLeft returns when a member is not listed any more, or has not left in time.
+func (s *members) awaitLeft(ctx context.Context, id uint64) {
+	ctx, cancel := context.WithTimeout(ctx, s.router.cfg.LeaveWait)
+	defer cancel()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if _, listed := s.router.memberByID(id); !listed {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 func leaveStatus(err error) error {

@@ -122,6 +122,7 @@ type Config struct {
 	MaxConnections       int           // of gRPC clients; more wait to be accepted; 8192, or half of the files that may be open
 	MaxHTTPConnections   int           // the same for HTTP; 1024, or an eighth
 	MaxSnapshotStreams   int           // backups under way on this node; 4
+	LeaveWait            time.Duration // that the answer to a member's removal waits for the member to be gone; 2 s
 	SnapshotTimeout      time.Duration // for the client to read the next 64 KiB of a backup; 30 s
 	MaxWatchStreams      int           // on this node; more are refused; 8192
 	MaxWatches           int           // on this node; more are refused; 262144
@@ -189,6 +190,7 @@ func (c *Config) setDefaults() {
 	setDefault(&c.MaxConnections, min(8192, maxOpenFiles()/2))
 	setDefault(&c.MaxHTTPConnections, min(1024, maxOpenFiles()/8))
 	setDefault(&c.MaxSnapshotStreams, 4)
+	setDefault(&c.LeaveWait, 2*time.Second)
 	setDefault(&c.SnapshotTimeout, 30*time.Second)
 	setDefault(&c.MaxHashes, 4)
 	setDefault(&c.MaxWatchStreams, 8192)
@@ -230,7 +232,7 @@ func (c *Config) Validate() error {
 		return errors.New("server: Revisions are required for a sharded key space")
 	case c.MaxRequestBytes < 0 || c.MaxRequestBytes > 1<<30:
 		return fmt.Errorf("server: request limit of %d bytes is not between 0 and 1 GiB", c.MaxRequestBytes)
-	case c.MaxTxnOps < 0 || c.MinLeaseTTL < 0 || c.MinLeaseTTL > maxLeaseTTL || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0 || c.SnapshotTimeout < 0 || c.MaxHashes < 0 || c.MaxAnswerBytes < 0 || c.MaxConnections < 1 || c.MaxHTTPConnections < 1:
+	case c.MaxTxnOps < 0 || c.MinLeaseTTL < 0 || c.MinLeaseTTL > maxLeaseTTL || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0 || c.LeaveWait < 0 || c.SnapshotTimeout < 0 || c.MaxHashes < 0 || c.MaxAnswerBytes < 0 || c.MaxConnections < 1 || c.MaxHTTPConnections < 1:
 		return errors.New("server: a limit is negative, or less may be pending than one request has")
 	case c.MaxWatchStreams < 0 || c.MaxWatches < 0 || c.MaxStreamWatches < 0 || c.WatchTimeout < 0 || c.WatchProgressInterval < 0:
 		return errors.New("server: a limit of watches is negative")

@@ -8,9 +8,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -332,7 +334,7 @@ func (l *leavers) Leave(_ context.Context, node string, force bool) error {
 
 func TestMemberRemove(t *testing.T) {
 	l := &leavers{}
-	n := startNode(t, func(c *Config) { c.Members = l })
+	n := startNode(t, func(c *Config) { c.Members, c.LeaveWait = l, 10*time.Millisecond })
 	c := n.client(t)
 	resp, err := c.MemberRemove(t.Context(), 0xa2)
 	if err != nil || len(resp.Members) != 3 || resp.Header.MemberId != 0xa1 || fmt.Sprint(l.left) != "[n2]" {
@@ -352,6 +354,42 @@ func TestMemberRemove(t *testing.T) {
 	l.err = fmt.Errorf("no leader: %w", context.DeadlineExceeded)
 	if err := remove(0xa2); status.Code(err) != codes.DeadlineExceeded {
 		t.Fatal(err)
+	}
+}
+
+// shrinking is a cluster in which a member is listed a few times more after it has been asked to leave.
+type shrinking struct {
+	fakeCluster
+	mu    sync.Mutex
+	lists int // that still have the member; not counted before it is asked to leave
+	left  bool
+}
+
+func (s *shrinking) Leave(context.Context, string, bool) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.left = true
+	return nil
+}
+
+func (s *shrinking) Members() []Member {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := s.fakeCluster.Members()
+	if !s.left {
+		return all
+	}
+	if s.lists--; s.lists >= 0 {
+		return all
+	}
+	return slices.DeleteFunc(all, func(m Member) bool { return m.ID == 0xa2 })
+}
+
+func TestMemberRemoveAnswersWithWhoIsLeft(t *testing.T) {
+	s := &shrinking{lists: 3}
+	n := startNode(t, func(c *Config) { c.Cluster, c.Members, c.LeaveWait = s, s, time.Minute })
+	if resp, err := n.client(t).MemberRemove(t.Context(), 0xa2); err != nil || len(resp.Members) != 2 {
+		t.Fatalf("%v, %v", resp, err)
 	}
 }
 
