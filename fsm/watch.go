@@ -212,7 +212,8 @@ func (f *Feed) takeQueued(out *[]Delivery, left *int, begin bool) (*watch, error
 	f.pending = slices.Delete(f.pending, 0, n)
 	for *left > 0 && len(f.lagging) > 0 {
 		w := f.lagging[0]
-		f.lagging = slices.Delete(f.lagging, 0, 1)
+		f.lagging[0] = nil
+		f.lagging = f.lagging[1:]
 		w.isLagging = false
 		if !w.ended {
 			return w, nil

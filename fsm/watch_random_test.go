@@ -12,15 +12,41 @@ import (
 func TestWatchModel(t *testing.T) {
 	seeds(t, 40, func(t *testing.T, seed uint64) {
 		l, dir, opened := newEventLog(seed), t.TempDir(), 0
+		var s *Store
+		feeds, sizes := make([]*followed, 3), make([]int64, 3)
+		applying, taking := false, false
+		grow := func() {
+			applying = true
+			defer func() { applying = false }()
+			if _, err := s.Apply(s.AppliedIndex()+1, 1, l.entry(t)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		take := func(f *followed) {
+			taking = true
+			_, err := f.take(t.Context(), l, 1+l.IntN(2000))
+			if taking = false; err != nil {
+				t.Fatal(err)
+			}
+		}
 		openNext := func() *Store {
 			config := testConfig(filepath.Join(dir, fmt.Sprint(opened)))
+			config.faults.catchingUp = func() { // others apply while a watch reads
+				for !applying && l.oneIn(4) {
+					grow()
+				}
+			}
+			config.faults.publishing = func() { // others take before what they see is published
+				if !taking && l.oneIn(4) {
+					take(feeds[l.IntN(len(feeds))])
+				}
+			}
 			opened++
 			s := open(t, config)
 			s.hub.limits = l.limits()
 			return s
 		}
-		s := openNext()
-		feeds, sizes := make([]*followed, 3), make([]int64, 3)
+		s = openNext()
 		for i := range feeds {
 			sizes[i] = []int64{400, 2000, 1 << 20}[i]
 			feeds[i] = follow(s, sizes[i])
@@ -29,9 +55,7 @@ func TestWatchModel(t *testing.T) {
 			f := feeds[l.IntN(len(feeds))]
 			switch n := l.IntN(24); {
 			case n < 10:
-				if _, err := s.Apply(s.AppliedIndex()+1, 1, l.entry(t)); err != nil {
-					t.Fatal(err)
-				}
+				grow()
 				if s.Revision(User) != l.revision || s.CompactRevision(User) != l.compacted {
 					t.Fatalf("revision %d, compacted %d instead of %d, %d", s.Revision(User), s.CompactRevision(User), l.revision, l.compacted)
 				}
@@ -42,13 +66,13 @@ func TestWatchModel(t *testing.T) {
 				f.Cancel(id)
 				delete(f.watches, id)
 			case n < 20:
-				if _, err := f.take(t.Context(), l, 1+l.IntN(2000)); err != nil {
-					t.Fatal(err)
-				}
+				take(f)
 			case n < 21:
+				taking = true
 				if err := f.takeAll(t.Context(), l, 1+l.IntN(2000)); err != nil {
 					t.Fatal(err)
 				}
+				taking = false
 			case n < 22:
 				if err := s.Flush(t.Context(), s.AppliedIndex()); err != nil {
 					t.Fatal(err)
@@ -74,6 +98,7 @@ func TestWatchModel(t *testing.T) {
 				}
 			}
 		}
+		taking = true
 		for _, f := range feeds {
 			if err := f.takeAll(t.Context(), l, 1000); err != nil {
 				t.Fatal(err)
@@ -94,8 +119,8 @@ type delivered struct {
 	progress int64 // what Progress said after this; 0 if it was not ok
 }
 
-// TestWatchConcurrently lets consumers watch, take and cancel while apply, the flusher, the compactor and a
-// replacement of the store go on, and compares afterwards.
+// TestWatchConcurrently lets consumers watch, take and cancel while apply, the flusher and the compactor go on, and
+// compares afterwards.
 func TestWatchConcurrently(t *testing.T) {
 	seeds(t, 4, func(t *testing.T, seed uint64) {
 		const entries = 1500

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 
@@ -297,6 +298,53 @@ func TestFeedOfARetiredStore(t *testing.T) {
 	f.Close()
 	if f.Next(1) != 0 {
 		t.Error("a closed feed has watches")
+	}
+}
+
+// TestCloseDuringTake: consumers that still take when the store closes get an error, and no more.
+func TestCloseDuringTake(t *testing.T) {
+	s := newScript(t, testConfig(tempPath(t)))
+	for range 200 {
+		s.puts("a", "b", "c")
+	}
+	if err := s.Flush(t.Context(), s.AppliedIndex()); err != nil {
+		t.Fatal(err)
+	}
+	var consumers sync.WaitGroup
+	began := make(chan struct{}, 4)
+	for i := range cap(began) {
+		f := s.NewFeed(1 << 20)
+		consumers.Go(func() {
+			defer f.Close()
+			for id := int64(0); ; id++ {
+				err := f.Watch(id, []byte("a"), [][]byte{nil, {0}}[i%2], 2)
+				for err == nil {
+					var all []Delivery
+					if all, err = f.Take(context.Background(), 1000); all == nil {
+						break
+					}
+				}
+				f.Cancel(id)
+				switch {
+				case errors.Is(err, ErrClosed):
+					return
+				case err != nil:
+					t.Error(err)
+					return
+				}
+				signal(began)
+			}
+		})
+	}
+	for range cap(began) {
+		<-began
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	consumers.Wait()
+	if n := s.hub.watching.Load(); n != 0 {
+		t.Errorf("%d watches are left", n)
 	}
 }
 

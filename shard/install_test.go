@@ -434,6 +434,52 @@ func TestReadersKeepTheStateThatWasReplaced(t *testing.T) {
 	})
 }
 
+func TestAWatchGoesOnInTheStateThatReplacesItsOwn(t *testing.T) {
+	request, data := makeStream(t, 3, 7, 10, 3)
+	bubble(t, 0, nil, func(c *cluster) {
+		makeState(t, c.statePath("n1/1"), 3, 7, 4, 3, "old")
+		r := c.lone(1, 4, 3)
+		var values []string
+		// take watches the state of an index from a revision on, and returns where the watch goes on.
+		take := func(index uint64, from int64) (*fsm.Feed, int64) {
+			state, release, err := r.AcquireState(context.Background(), index)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer release()
+			feed := state.NewFeed(1 << 20)
+			if err := feed.Watch(1, []byte("k"), nil, from); err != nil {
+				t.Fatal(err)
+			}
+			all, err := feed.Take(context.Background(), 1<<20)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, d := range all {
+				for _, e := range d.Events {
+					values = append(values, string(e.Kv.Value))
+				}
+			}
+			return feed, feed.Next(1)
+		}
+		old, next := take(4, 2)
+		defer old.Close()
+		if _, err := r.install(context.Background(), request, bytes.NewReader(data)); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-old.Done():
+		default:
+			t.Fatal("the feed of the old state does not know")
+		}
+		feed, _ := take(10, next)
+		defer feed.Close()
+		if got := fmt.Sprint(values); got != "[old2 old3 old4 new5 new6 new7 new8 new9 new10]" {
+			t.Errorf("got %s", got)
+		}
+	})
+}
+
 func (c *cluster) statePath(id string) string {
 	dir := filepath.Join(c.dir, id)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
