@@ -202,9 +202,10 @@ func (f *Feed) takeQueued(out *[]Delivery, left *int, begin bool) (*watch, error
 	for end := len(f.pending); n < end && *left > kept; n++ {
 		w := f.pending[n]
 		w.isPending = false
-		if len(w.queue) > 0 {
-			*out = append(*out, w.take(left, kept))
+		if len(w.queue) == 0 || !w.isLive() { // it was detached meanwhile, and may have to read what is before the queue
+			continue
 		}
+		*out = append(*out, w.take(left, kept))
 		if len(w.queue) > 0 {
 			f.pend(w) // after the others
 		}
