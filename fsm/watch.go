@@ -103,7 +103,8 @@ func (f *Feed) Watch(id int64, key, rangeEnd []byte, from int64) error {
 	return nil
 }
 
-// Cancel ends a watch: no Take that begins later has anything of it. An unknown id is fine.
+// Cancel ends a watch: no Take that begins later has anything of it, and for those the id may be used again. An
+// unknown id is fine.
 func (f *Feed) Cancel(id int64) {
 	f.hub.mu.Lock()
 	defer f.hub.mu.Unlock()
@@ -117,8 +118,13 @@ func (f *Feed) Close() {
 	f.hub.mu.Lock()
 	defer f.hub.mu.Unlock()
 	f.closed = true
+	n := 0
 	for _, w := range f.watches {
 		f.remove(w)
+		if n++; n%closeStep == 0 { // apply need not wait for all of them
+			f.hub.mu.Unlock()
+			f.hub.mu.Lock()
+		}
 	}
 	f.pending, f.lagging = nil, nil
 }

@@ -2,9 +2,11 @@ package fsm
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"testing"
 
@@ -161,6 +163,8 @@ type follower struct {
 	next  int64 // everything before has come
 	parts int   // of next's transaction, events that have come
 	ended bool
+
+	canceled bool
 }
 
 func newFollower(key, end []byte, from int64) *follower {
@@ -238,39 +242,51 @@ func follow(s *Store, maxBytes int64) *followed {
 }
 
 // watch adds a watch of a random range from a random revision.
-func (f *followed) watch(t *testing.T, l *eventLog) {
-	t.Helper()
+func (f *followed) watch(l *eventLog) error {
 	key, end := l.key(), l.rangeEnd()
-	from := l.revision + 1
+	revision, compacted := f.store.Revision(User), f.store.CompactRevision(User) // perhaps in the midst of an entry
+	from := revision + 1
 	switch l.IntN(4) {
 	case 0:
-		from = max(1, l.compacted-1) + l.Int64N(l.revision-max(0, l.compacted-1)+1)
+		from = max(1, compacted-1) + l.Int64N(revision-max(0, compacted-1)+1)
 	case 1:
 		from += l.Int64N(4)
 	}
 	f.lastID++
 	err := f.Watch(f.lastID, key, end, from)
-	if from < l.compacted {
-		var compacted *CompactedError
-		if !errors.Is(err, ErrCompacted) || !errors.As(err, &compacted) || compacted.Revision != l.compacted {
-			t.Fatalf("watch from %d, compacted %d: %v", from, l.compacted, err)
+	if from < compacted {
+		var of *CompactedError
+		if !errors.Is(err, ErrCompacted) || !errors.As(err, &of) || of.Revision != compacted {
+			return fmt.Errorf("watch from %d, compacted %d: %w", from, compacted, err)
 		}
-		return
-	}
-	if err != nil {
-		t.Fatal(err)
+		return nil
 	}
 	f.watches[f.lastID] = newFollower(key, end, from)
+	return err
+}
+
+// cancel cancels a random watch.
+func (f *followed) cancel(l *eventLog) {
+	id := 1 + l.Int64N(f.lastID+1)
+	f.Cancel(id)
+	if w := f.watches[id]; w != nil {
+		w.canceled = true
+		delete(f.watches, id)
+	}
 }
 
 // take calls Take once, and says whether there was anything.
 func (f *followed) take(ctx context.Context, l *eventLog, maxBytes int) (bool, error) {
+	before := maps.Clone(f.watches)
 	all, err := f.Take(ctx, maxBytes)
 	if err != nil {
 		return false, err
 	}
 	for _, d := range all {
-		w := f.watches[d.ID]
+		w := cmp.Or(f.watches[d.ID], before[d.ID])
+		if w != nil && w.canceled { // while Take was under way
+			continue
+		}
 		if w == nil {
 			return false, fmt.Errorf("a delivery for watch %d, which is not there", d.ID)
 		}

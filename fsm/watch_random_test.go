@@ -29,16 +29,27 @@ func TestWatchModel(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		watch := func(f *followed) {
+			if err := f.watch(l); err != nil && !f.closed {
+				t.Fatal(err)
+			}
+		}
 		openNext := func() *Store {
 			config := testConfig(filepath.Join(dir, fmt.Sprint(opened)))
 			config.faults.catchingUp = func() { // others apply while a watch reads
 				for !applying && l.oneIn(4) {
 					grow()
 				}
+				if l.oneIn(10) {
+					feeds[l.IntN(len(feeds))].cancel(l)
+				}
 			}
 			config.faults.publishing = func() { // others take before what they see is published
 				if !taking && l.oneIn(4) {
 					take(feeds[l.IntN(len(feeds))])
+				}
+				if l.oneIn(10) {
+					watch(feeds[l.IntN(len(feeds))])
 				}
 			}
 			opened++
@@ -60,11 +71,9 @@ func TestWatchModel(t *testing.T) {
 					t.Fatalf("revision %d, compacted %d instead of %d, %d", s.Revision(User), s.CompactRevision(User), l.revision, l.compacted)
 				}
 			case n < 14:
-				f.watch(t, l)
+				watch(f)
 			case n < 15:
-				id := 1 + l.Int64N(f.lastID+1)
-				f.Cancel(id)
-				delete(f.watches, id)
+				f.cancel(l)
 			case n < 20:
 				take(f)
 			case n < 21:

@@ -70,6 +70,8 @@ const (
 	rangeScans = 2
 	// publishStep is how many events are queued in one hold of the lock, except that a transaction is not split.
 	publishStep = 4096
+	// closeStep is how many watches end in one hold of the lock.
+	closeStep = 128
 	// eventBytes is what an event takes beside its key and value.
 	eventBytes = 232
 )
