@@ -203,6 +203,7 @@ func (r *router) handlers() map[string]HandlerFunc {
 		all[methodGate] = r.guarded(r.handleGate)
 		all[methodRows] = r.guarded(r.handleRows)
 		all[methodHash] = r.guarded(r.handleHash)
+		all[methodWatchPoll] = r.guarded(r.handleWatchPoll)
 	}
 	return all
 }

@@ -12,6 +12,7 @@ type metrics struct {
 
 	calls                                     *callMetrics
 	forwardedWrites, forwardedReads, cuts     prometheus.Counter
+	polls, resolutions                        prometheus.Counter
 	readRounds, retries                       prometheus.Counter
 	serializable, shed, unknown, panics, slow prometheus.Counter
 	leasesExpired, leasesRenewed              prometheus.Counter
@@ -28,6 +29,8 @@ func newMetrics(registerer prometheus.Registerer) (*metrics, error) {
 	m.forwardedWrites = counter("forwarded_writes_total", "Writes sent to the leader's node, retries included.")
 	m.forwardedReads = counter("forwarded_reads_total", "Pages of ranges, and transactions that read, asked of other nodes.")
 	m.cuts = counter("snapshot_rounds_total", "Revisions at which all shards were asked to be complete; each serves all reads that waited for it.")
+	m.polls = counter("watch_polls_total", "Questions to other nodes what they have for watches.")
+	m.resolutions = counter("watch_resolutions_total", "Revisions at which shards were asked to be complete, for watches of several shards.")
 	m.readRounds = counter("read_rounds_total", "Read indexes asked of the leader's node; each serves all reads that waited for it.")
 	m.retries = counter("retries_total", "Attempts repeated because the leader was unknown, not reached or had changed.")
 	m.serializable = counter("serializable_reads_total", "Reads answered from the local state, however old.")

@@ -159,6 +159,10 @@ type faults struct {
 	renewUnconfirmed   bool // leases are renewed by whoever thinks to lead
 	keepCheckpoints    bool // a renewal leaves the checkpoint in the table
 	attachUnregistered bool // the lease's home is not told of the groups that have its keys
+
+	earlyProgress    bool // the progress of watches is ahead of their events
+	unresolvedEvents bool // watches are told of what other groups may still come before
+	relaySkips       bool // the last of several events that another node has for a watch is lost
 }
 
 const (

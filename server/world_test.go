@@ -31,6 +31,7 @@ type world struct {
 	servers map[string]*Server
 	zero    *fakeReplica // of group 0, for all nodes
 	unknown bool         // the map is not known yet
+	eager   bool         // followers hear of everything at once
 
 	inTurn sync.Mutex // writes of all groups, for onWritten
 
@@ -311,6 +312,13 @@ func (r *shardReplica) append(floor int64, request fsm.Request) (result fsm.Resu
 			return result, false, err
 		}
 		result = results[0]
+	}
+	for _, follower := range s.replicas {
+		for s.w.eager && follower.applied < len(s.log) {
+			if _, err := follower.applyNext(); err != nil {
+				return result, false, err
+			}
+		}
 	}
 	if s.w.onWritten != nil {
 		s.w.onWritten(s.group, floor, request.Data)
