@@ -172,7 +172,7 @@ type application struct {
 func (a *application) begin(i int) *writer {
 	c := &a.entry.commands[i]
 	a.writer = a.store.newWriter(c.space)
-	a.writer.index, a.writer.term = a.index, a.term
+	a.writer.index, a.writer.place, a.writer.term = a.index, i, a.term
 	a.reads.free = freeReadBytes
 	a.writer.meter = &a.reads
 	if a.entry.floor != 0 {

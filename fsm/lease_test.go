@@ -131,7 +131,7 @@ func TestGrantsAreRefused(t *testing.T) {
 	must(t, apply(t, s, grant(7, 1), grant(-1, 1), grant(math.MinInt64, 1)))
 	expect(t, s, ErrLeaseExists, grant(7, 5))
 	expect(t, s, ErrLeaseNotFound, grant(0, 5))
-	if l, _ := s.Lease(7); l.TTL != 1 || !l.Home || l.Incarnation != 1 {
+	if l, _ := s.Lease(7); l.TTL != 1 || !l.Home || l.Incarnation != 1+1<<placeBits {
 		t.Errorf("%+v", l)
 	}
 	if all := s.Leases(); len(all) != 3 || all[0].ID != math.MinInt64 || all[2].ID != 7 {
@@ -211,20 +211,26 @@ func TestLateDecisionsAreRefused(t *testing.T) {
 func TestDecisionsAreAboutAnIncarnation(t *testing.T) {
 	s := open(t, testConfig(tempPath(t)))
 	must(t, apply(t, s, grant(7, 100)))
-	must(t, apply(t, s, revoke(7), put("a", "1")))
-	must(t, apply(t, s, grant(7, 100)))
-	expect(t, s, ErrLeaseNotFound, decidedIn{revoke(7), decision{incarnation: 1}})
-	expect(t, s, ErrLeaseNotFound, step(LeaseCommand{Kind: LeaseEnd, ID: 7, Incarnation: 1}))
-	expect(t, s, nil, decidedIn{checkpoint(7, 50), decision{incarnation: 2}})
-	if l, _ := s.Lease(7); l.Incarnation != 3 || l.Ending || l.Remaining != 0 {
+	first, _ := s.Lease(7)
+	must(t, apply(t, s, revoke(7), grant(7, 100), revoke(7), grant(7, 100), put("a", "1")))
+	second, _ := s.Lease(7)
+	if second.Incarnation <= first.Incarnation+1<<placeBits {
+		t.Errorf("incarnation %d after %d", second.Incarnation, first.Incarnation)
+	}
+	was := first.Incarnation
+	expect(t, s, ErrLeaseNotFound, decidedIn{revoke(7), decision{incarnation: was}})
+	expect(t, s, ErrLeaseNotFound, step(LeaseCommand{Kind: LeaseEnd, ID: 7, Incarnation: was}))
+	expect(t, s, nil, decidedIn{checkpoint(7, 50), decision{incarnation: was}})
+	if l, _ := s.Lease(7); l.Ending || l.Remaining != 0 {
 		t.Errorf("%+v", l)
 	}
-	expect(t, s, nil, decidedIn{checkpoint(7, 50), decision{incarnation: 4}})
+	now := second.Incarnation
+	expect(t, s, nil, decidedIn{checkpoint(7, 50), decision{incarnation: now}})
 	if l, _ := s.Lease(7); l.Remaining != 50 {
 		t.Errorf("%+v", l)
 	}
-	expect(t, s, nil, step(LeaseCommand{Kind: LeaseEnd, ID: 7, Incarnation: 3}))
-	expect(t, s, nil, decidedIn{revoke(7), decision{incarnation: 3}})
+	expect(t, s, nil, step(LeaseCommand{Kind: LeaseEnd, ID: 7, Incarnation: now}))
+	expect(t, s, nil, decidedIn{revoke(7), decision{incarnation: now}})
 }
 
 // homeAndGuest are two groups with one counter of revisions. The first is the home of lease 7.

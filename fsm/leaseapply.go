@@ -48,12 +48,17 @@ func (w *writer) applyGrant(r *pb.LeaseGrantRequest) Result {
 	return Result{Response: &pb.LeaseGrantResponse{Header: w.header(), ID: l.id, TTL: l.ttl}}
 }
 
+// incarnation grows from grant to grant. Without a reserved revision it is made of the newest one, which a restore
+// carries over, the index of the entry, and the place in it.
 func (w *writer) incarnation() int64 {
 	if w.reserved {
 		return w.next
 	}
-	return int64(w.index)
+	return w.newest + int64(w.index)<<placeBits + int64(w.place)
 }
+
+// placeBits are enough for the requests of an entry.
+const placeBits = 20
 
 // applyCheckpoint notes remaining times. Leases that are not known are passed over, as etcd does.
 func (w *writer) applyCheckpoint(r *pb.LeaseCheckpointRequest, decided decision) Result {

@@ -145,7 +145,7 @@ func (a *attempt) lease(command proto.Message) Result {
 		if home(c.ID) != nil {
 			return Result{Err: ErrLeaseExists}
 		}
-		l := &LeaseInfo{ID: c.ID, TTL: c.TTL, Home: true, Incarnation: int64(a.index)}
+		l := &LeaseInfo{ID: c.ID, TTL: c.TTL, Home: true, Incarnation: a.revision() + int64(a.index)<<placeBits + int64(a.place)}
 		if a.reserved {
 			l.Incarnation = a.revision() + 1
 		}

@@ -61,6 +61,7 @@ func (c *cluster) grow(t testing.TB) {
 		if c.oneIn(4) {
 			m = c.leaseCommand()
 		}
+		c.model.place = b.Count()
 		b.Add(request(t, m))
 		switch {
 		case stale:

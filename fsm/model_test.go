@@ -22,6 +22,7 @@ type model struct {
 	drops     []drop               // all there ever were
 	maxDrops  int
 	index     uint64 // of the entry
+	place     int    // in it
 }
 
 func newModel() *model {

@@ -23,6 +23,7 @@ type putResponse struct {
 type writer struct {
 	view
 	index    uint64 // of the entry
+	place    int    // in it
 	term     uint64 // in which it was logged
 	next     int64  // the revision of the transaction's changes
 	reserved bool   // next was reserved for the transaction by a sequencer
