@@ -129,8 +129,12 @@ func (r restoration) shards(ctx context.Context, staged *snapshot.Staged) error 
 	if err := r.map0(founding); err != nil {
 		return err
 	}
+	leases, err := r.leases(ctx, staged.Path)
+	if err != nil {
+		return err
+	}
 	for part := range slices.Chunk(shards, shardsAtOnce) {
-		if err := r.split(ctx, staged, part); err != nil {
+		if err := r.split(ctx, staged, part, leases); err != nil {
 			return err
 		}
 	}
@@ -167,8 +171,32 @@ func (r restoration) map0(founding fsm.Request) (err error) {
 	return r.replica(ref)
 }
 
+// leases are the tables of leases of the shards: each lease at its home, and as
+// a guest where else there are keys of it.
+func (r restoration) leases(ctx context.Context, path string) (map[int][]fsm.LeaseInfo, error) {
+	named := make(map[int64][]int) // shards with keys of a lease, ascending
+	all, err := fsm.RestoredLeases(ctx, path, func(key []byte, id int64) {
+		n := ring.ShardOf(key, r.record.Shards)
+		if i, known := slices.BinarySearch(named[id], n); !known {
+			named[id] = slices.Insert(named[id], i, n)
+		}
+	})
+	tables := make(map[int][]fsm.LeaseInfo)
+	for _, lease := range all {
+		home := ring.ShardOfLease(lease.ID, r.record.Shards)
+		for _, n := range named[lease.ID] {
+			if n != home {
+				lease.Groups = append(lease.Groups, placement.GroupOf(n))
+				tables[n] = append(tables[n], fsm.LeaseInfo{ID: lease.ID, Incarnation: lease.Incarnation})
+			}
+		}
+		tables[home] = append(tables[home], lease)
+	}
+	return tables, err
+}
+
 // split writes the states of some of the shards, in one pass over the backup.
-func (r restoration) split(ctx context.Context, staged *snapshot.Staged, part []placement.Shard) (err error) {
+func (r restoration) split(ctx context.Context, staged *snapshot.Staged, part []placement.Shard, leases map[int][]fsm.LeaseInfo) (err error) {
 	builders := make(map[int]*fsm.Builder, len(part))
 	defer func() {
 		for _, b := range builders {
@@ -193,6 +221,9 @@ func (r restoration) split(ctx context.Context, staged *snapshot.Staged, part []
 	for _, s := range part {
 		first := r.first(founder(s))
 		first.Revision, first.CompactRevision, first.Keys = max(meta.Revision, 1), meta.CompactRevision, -1
+		if err := builders[s.Number].AddLeases(leases[s.Number]); err != nil {
+			return err
+		}
 		if err := builders[s.Number].Finish(first); err != nil {
 			return err
 		}

@@ -25,6 +25,7 @@ const (
 	methodReadTxn   = "kv.readtxn"
 	methodGate      = "kv.gate"
 	methodRows      = "kv.rows"
+	methodLeases    = "kv.leases"
 	methodHash      = "kv.hash"
 )
 
@@ -202,6 +203,7 @@ func (r *router) handlers() map[string]HandlerFunc {
 		all[methodReadTxn] = r.guarded(r.handleReadTxn)
 		all[methodGate] = r.guarded(r.handleGate)
 		all[methodRows] = r.guarded(r.handleRows)
+		all[methodLeases] = r.guarded(r.handleLeases)
 		all[methodHash] = r.guarded(r.handleHash)
 		all[methodWatchPoll] = r.guarded(r.handleWatchPoll)
 	}

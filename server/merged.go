@@ -94,6 +94,11 @@ func (s *maintenance) mergeShards(ctx context.Context, path string) (err error) 
 	for _, g := range c.gates {
 		sources = append(sources, s.rowsOf(g, c.revision, pageBytes))
 	}
+	for _, g := range c.gates {
+		if err := s.addLeases(ctx, b, g); err != nil {
+			return err
+		}
+	}
 	meta.Revision = c.revision
 	if meta.CompactRevision, meta.Keys, err = b.Merge(ctx, sources); err != nil {
 		return err

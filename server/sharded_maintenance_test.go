@@ -46,6 +46,18 @@ func (b *blobs) Send(m *pb.SnapshotResponse) error {
 // backup takes one by way of a node and opens it as the state of group 0.
 func (w *world) backup(t *testing.T, node string) (*fsm.Store, snapshot.Meta) {
 	t.Helper()
+	path, meta := w.backupFile(t, node)
+	store, err := fsm.Open(fsm.Config{Path: path, NoSync: true, InitialMmapBytes: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = store.Close() })
+	return store, meta
+}
+
+// backupFile is the state file of a backup that is taken by way of a node.
+func (w *world) backupFile(t *testing.T, node string) (path string, meta snapshot.Meta) {
+	t.Helper()
 	b := &blobs{ctx: t.Context()}
 	if err := w.servers[node].maintenance.Snapshot(&pb.SnapshotRequest{}, b); err != nil {
 		t.Fatal(err)
@@ -60,21 +72,16 @@ func (w *world) backup(t *testing.T, node string) (*fsm.Store, snapshot.Meta) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(dir, "state.db")
+	path = filepath.Join(dir, "state.db")
 	if err := staged.Commit(path); err != nil {
 		t.Fatal(err)
 	}
-	store, err := fsm.Open(fsm.Config{Path: path, NoSync: true, InitialMmapBytes: 1 << 20})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = store.Close() })
 	for _, s := range w.servers {
 		if left, err := os.ReadDir(s.cfg.TempDir); err != nil || len(left) != 0 {
 			t.Errorf("a backup left %v, %v", left, err)
 		}
 	}
-	return store, staged.Meta
+	return path, staged.Meta
 }
 
 // compareBackup holds a backup against one store with all keys, at every
