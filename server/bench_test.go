@@ -3,6 +3,8 @@ package server
 import (
 	"context"
 	"fmt"
+	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -134,4 +136,36 @@ func BenchmarkRangeOverShards(b *testing.B) {
 			}
 		})
 	}
+}
+
+// BenchmarkWatchFanOut is what it costs to tell one client of a change that 10,000 of its watches see.
+func BenchmarkWatchFanOut(b *testing.B) {
+	const watches = 10_000
+	w := startFakeWatches(b, nil, nil)
+	c, f := w.open(b)
+	for range watches {
+		c.create(&pb.WatchCreateRequest{Key: []byte("k")})
+		c.next()
+	}
+	value := strings.Repeat("v", 256)
+	b.ReportAllocs()
+	b.ResetTimer()
+	before := processorTime(b)
+	var giving sync.WaitGroup
+	giving.Go(func() {
+		for i := range b.N {
+			events := []*mvccpb.Event{putEvent("k", value, int64(11+i))}
+			for id := range int64(watches) {
+				if err := f.deliver(watchDelivery{id: id + 1, events: events}); err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		}
+	})
+	for range b.N * watches {
+		c.next()
+	}
+	giving.Wait()
+	b.ReportMetric(float64(processorTime(b)-before)/float64(b.N*watches), "cpu-ns/event")
 }

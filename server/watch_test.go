@@ -82,7 +82,7 @@ type fakeWatches struct {
 	followers chan *fakeFeed // one per stream
 }
 
-func startFakeWatches(t *testing.T, edit func(*Config), prepare func(*fakeFeed)) *fakeWatches {
+func startFakeWatches(t testing.TB, edit func(*Config), prepare func(*fakeFeed)) *fakeWatches {
 	w := &fakeWatches{followers: make(chan *fakeFeed, 16)}
 	w.node = startNode(t, func(c *Config) {
 		c.follow = func(_ context.Context, deliver func(watchDelivery) error) watchFeed {
@@ -103,11 +103,11 @@ func startFakeWatches(t *testing.T, edit func(*Config), prepare func(*fakeFeed))
 
 // watchClient is a stream as it is on the wire.
 type watchClient struct {
-	t      *testing.T
+	t      testing.TB
 	stream pb.Watch_WatchClient
 }
 
-func (w *fakeWatches) open(t *testing.T) (*watchClient, *fakeFeed) {
+func (w *fakeWatches) open(t testing.TB) (*watchClient, *fakeFeed) {
 	t.Helper()
 	stream, err := pb.NewWatchClient(w.dial(t)).Watch(t.Context())
 	if err != nil {

@@ -1,6 +1,7 @@
 package h2
 
 import (
+	"bufio"
 	"bytes"
 	"errors"
 	"io"
@@ -18,6 +19,7 @@ import (
 type pass struct {
 	conn    *conn
 	net     net.Conn
+	in      *bufio.Reader
 	framer  *http2.Framer
 	running sync.WaitGroup
 
@@ -53,7 +55,8 @@ func (c *conn) startPass() error {
 	if err != nil {
 		return err
 	}
-	p := &pass{conn: c, net: nc, window: defaultWindow, framer: http2.NewFramer(io.Discard, nc)}
+	p := &pass{conn: c, net: nc, window: defaultWindow, in: bufio.NewReaderSize(nc, readBufferBytes)}
+	p.framer = http2.NewFramer(io.Discard, p.in)
 	p.changed.L = &p.mu
 	p.framer.SetReuseFrames()
 	p.encoder = hpack.NewEncoder(&p.block)
@@ -228,16 +231,22 @@ func (p *pass) headers(id uint32, end bool, fields []hpack.HeaderField) error {
 	return p.send(func(b []byte) []byte { return appendHeaders(b, id, end, p.block.Bytes(), minFrameSize) })
 }
 
-// read passes on what the other server says.
+// read passes on what the other server says: all that it has said at once in one write.
 func (p *pass) read() {
-	for err := error(nil); err == nil; {
-		var f http2.Frame
-		if f, err = p.framer.ReadFrame(); err == nil {
+	for {
+		f, err := p.framer.ReadFrame()
+		if err == nil {
 			err = p.frame(f)
 		}
 		if err != nil {
 			p.fail(err)
 			return
+		}
+		p.conn.mu.Lock()
+		if p.in.Buffered() == 0 || len(p.conn.out) >= keptOutBytes/2 {
+			p.conn.flush()
+		} else {
+			p.conn.mu.Unlock()
 		}
 	}
 }
@@ -310,7 +319,7 @@ func (c *conn) passAck() {
 	c.flush()
 }
 
-// passOn writes a frame of a call that is served elsewhere. The block of a header always goes out, because the client's
+// passOn takes a frame of a call that is served elsewhere to be written. The block of a header always goes out, because the client's
 // table needs it.
 func (c *conn) passOn(id uint32, end bool, appendTo func([]byte) []byte) {
 	c.mu.Lock()
@@ -331,7 +340,7 @@ func (c *conn) passOn(id uint32, end bool, appendTo func([]byte) []byte) {
 	if call := c.calls[id]; end && call != nil {
 		c.over(call)
 	}
-	c.flush()
+	c.mu.Unlock()
 }
 
 // passCredit counts what the client may send for a call that is served elsewhere; n less than 0 has come. What is more
@@ -414,7 +423,7 @@ func (c *conn) passData(f *http2.DataFrame) error {
 		c.sendWindow -= int64(n)
 		c.pingable = true
 		data = data[n:]
-		c.flush()
+		c.mu.Unlock()
 	}
 	return nil
 }
