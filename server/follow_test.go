@@ -345,7 +345,7 @@ func watchAtRandom(t *testing.T, seed uint64, plant func(*faults)) error {
 	for range 3 {
 		mine := &requests{Rand: rand.New(rand.NewPCG(g.Uint64(), 0)), w: w, compacted: -1}
 		writers.Go(func() {
-			for range 60 {
+			for range 40 {
 				r := mine.write()
 				if r.Compaction == nil {
 					within, cancel := context.WithTimeout(ctx, time.Second)
@@ -411,7 +411,7 @@ func watchAtRandom(t *testing.T, seed uint64, plant func(*faults)) error {
 // every change once, in order, and is told of no progress that it has not made.
 func TestWatchesSeeEveryChangeOnce(t *testing.T) {
 	first := rand.Uint64()
-	for i := range uint64(6) {
+	for i := range uint64(4) {
 		seed := first + i
 		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -432,7 +432,7 @@ func TestWatchTestsSeeFaults(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			first := rand.Uint64()
-			for i := range uint64(10) {
+			for i := range uint64(12) {
 				var err error
 				synctest.Test(t, func(t *testing.T) { err = watchAtRandom(t, first+i, plant) })
 				if err != nil {
