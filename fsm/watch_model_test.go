@@ -22,12 +22,15 @@ type modelEvent struct {
 	revision   int64
 	key, value string
 	deleted    bool
+	lease      int64
 }
 
 // eventLog is all changes of a state, as a simple model makes them.
 type eventLog struct {
 	*generator
 	values    map[string]string
+	attached  map[string]int64 // to leases
+	granted   map[int64]bool
 	events    []modelEvent
 	revision  int64
 	compacted int64
@@ -35,7 +38,7 @@ type eventLog struct {
 }
 
 func newEventLog(seed uint64) *eventLog {
-	return &eventLog{generator: newGenerator(seed), values: map[string]string{}, revision: 1, compacted: -1, floors: seed%2 == 0}
+	return &eventLog{generator: newGenerator(seed), values: map[string]string{}, attached: map[string]int64{}, granted: map[int64]bool{}, revision: 1, compacted: -1, floors: seed%2 == 0}
 }
 
 // limits are small, so that all ways to read history are taken.
@@ -45,7 +48,8 @@ func (l *eventLog) limits() historyLimits {
 
 func (l *eventLog) put(rev int64, key, value string) {
 	l.values[key] = value
-	l.events = append(l.events, modelEvent{rev, key, value, false})
+	delete(l.attached, key)
+	l.events = append(l.events, modelEvent{revision: rev, key: key, value: value})
 }
 
 // remove deletes what is in a range, and says whether that was anything.
@@ -56,9 +60,14 @@ func (l *eventLog) remove(rev int64, span mvcc.Span) bool {
 			keys = append(keys, key)
 		}
 	}
+	return l.removeAll(rev, keys)
+}
+
+func (l *eventLog) removeAll(rev int64, keys []string) bool {
 	slices.Sort(keys)
 	for _, key := range keys {
 		delete(l.values, key)
+		delete(l.attached, key)
 		l.events = append(l.events, modelEvent{revision: rev, key: key, deleted: true})
 	}
 	return len(keys) > 0
@@ -66,11 +75,14 @@ func (l *eventLog) remove(rev int64, span mvcc.Span) bool {
 
 // change makes a command and applies it to the model as revision rev.
 func (l *eventLog) change(rev int64) proto.Message {
-	switch n := l.IntN(20); {
+	switch n := l.IntN(22); {
 	case n < 9:
 		p := put(string(l.key()), fmt.Sprint("v", l.IntN(1000), string(bytes.Repeat([]byte("x"), l.IntN(100)))))
 		p.PrevKv = l.oneIn(4)
 		l.put(rev, string(p.Key), string(p.Value))
+		if lease := 1 + l.Int64N(3); l.granted[lease] {
+			p.Lease, l.attached[string(p.Key)], l.events[len(l.events)-1].lease = lease, lease, lease
+		}
 		l.advance(rev)
 		return p
 	case n < 13:
@@ -90,8 +102,28 @@ func (l *eventLog) change(rev int64) proto.Message {
 			}
 		}
 		return &pb.CompactionRequest{Revision: at}
+	case n < 21:
+		return l.lease(rev)
 	}
 	return nil
+}
+
+// lease grants or revokes one.
+func (l *eventLog) lease(rev int64) proto.Message {
+	id := 1 + l.Int64N(3)
+	if l.granted[id] = !l.granted[id]; l.granted[id] {
+		return grant(id, 10)
+	}
+	var keys []string
+	for key, lease := range l.attached {
+		if lease == id {
+			keys = append(keys, key)
+		}
+	}
+	if l.removeAll(rev, keys) {
+		l.advance(rev)
+	}
+	return revoke(id)
 }
 
 func (l *eventLog) advance(rev int64) { l.revision = rev }
@@ -223,7 +255,7 @@ func (w *follower) check(l *eventLog, d Delivery) error {
 func (e modelEvent) check(got *mvccpb.Event) error {
 	kv := got.Kv
 	ok := string(kv.Key) == e.key && string(kv.Value) == e.value && kv.ModRevision == e.revision && (got.Type == mvccpb.Event_DELETE) == e.deleted &&
-		got.PrevKv == nil && (kv.Version > 0) != e.deleted && (kv.CreateRevision > 0) != e.deleted
+		got.PrevKv == nil && kv.Lease == e.lease && (kv.Version > 0) != e.deleted && (kv.CreateRevision > 0) != e.deleted
 	if !ok {
 		return fmt.Errorf("got %v, want %+v", got, e)
 	}
