@@ -249,7 +249,7 @@ func (f *Feed) catchUp(ctx context.Context, w *watch, out *[]Delivery, left *int
 		*out = append(*out, Delivery{ID: w.id, Next: w.next, Compacted: r.compacted})
 		return nil
 	}
-	w.next, w.sub = r.next, r.sub
+	w.next, w.sub, w.isWide = r.next, r.sub, r.isWide && r.next <= r.to
 	if len(r.events) > 0 {
 		*out = append(*out, Delivery{ID: w.id, Events: r.events, Next: r.next, More: r.sub > 0})
 		*left -= r.bytes

@@ -43,7 +43,7 @@ func newEventLog(seed uint64) *eventLog {
 
 // limits are small, so that all ways to read history are taken.
 func (l *eventLog) limits() historyLimits {
-	return historyLimits{rows: 2 + l.IntN(40), near: l.Int64N(40), keys: 1 + l.IntN(20), batch: 1 + l.IntN(6), changes: 1 + l.IntN(100), perKey: 1 + l.IntN(100), whole: 300 + l.IntN(2000)}
+	return historyLimits{rows: 2 + l.IntN(40), near: l.Int64N(40), keys: 1 + l.Int64N(20), batch: 1 + l.IntN(6), changes: 1 + l.IntN(100), perKey: 1 + l.IntN(100), whole: 300 + l.IntN(2000)}
 }
 
 func (l *eventLog) put(rev int64, key, value string) {

@@ -10,7 +10,7 @@ import (
 // TestWatchModel lets a few feeds of one store, each with its own patience, follow random changes, flushes,
 // compactions, and the replacement of the store, and compares what they get with a simple model.
 func TestWatchModel(t *testing.T) {
-	seeds(t, 40, func(t *testing.T, seed uint64) {
+	seeds(t, 20, func(t *testing.T, seed uint64) {
 		l, dir, opened := newEventLog(seed), t.TempDir(), 0
 		var s *Store
 		feeds, sizes := make([]*followed, 3), make([]int64, 3)

@@ -15,7 +15,7 @@ import (
 type historyLimits struct {
 	rows    int   // looked at, except that a transaction is finished
 	near    int64 // a range that is not so many revisions behind looks at all rows
-	keys    int   // so does a range of more keys than this
+	keys    int64 // so does a range of more keys than this, and than there may be rows
 	batch   int   // keys looked at in one hold of the lock
 	changes int   // of a range, taken from the index, about
 	perKey  int   // changes of one key; of each key of a range a 32nd, because the lock is held for many
@@ -32,6 +32,7 @@ type history struct {
 	from   mvcc.Revision
 	to     int64 // the last revision to read
 	limit  int   // bytes of events after which no further transaction begins
+	isWide bool  // the span is known to have more changes than are worth looking up
 
 	events    []*mvccpb.Event
 	bytes     int
@@ -63,7 +64,7 @@ func (f *Feed) readHistory(ctx context.Context, w *watch, limit int) (*history, 
 	defer v.close()
 	h := &history{limits: s.hub.limits, view: v, span: w.span, to: v.revision, limit: limit}
 	s.hub.mu.Lock()
-	h.from = mvcc.Revision{Main: w.next, Sub: w.sub}
+	h.from, h.isWide = mvcc.Revision{Main: w.next, Sub: w.sub}, w.isWide
 	if w.live > 0 {
 		h.to = min(h.to, w.live-1)
 	}
@@ -84,7 +85,7 @@ func (f *Feed) readHistory(ctx context.Context, w *watch, limit int) (*history, 
 }
 
 func (h *history) read(ctx context.Context) error {
-	if h.span.Single || h.to-h.from.Main >= h.limits.near {
+	if h.span.Single || !h.isWide && h.to-h.from.Main >= h.limits.near {
 		changes, ok, err := h.collect(ctx)
 		if err != nil {
 			return err
@@ -92,7 +93,7 @@ func (h *history) read(ctx context.Context) error {
 		if ok {
 			return h.fetch(ctx, changes)
 		}
-		h.next = h.to + 1
+		h.next, h.isWide = h.to+1, true
 	}
 	return h.scan(ctx)
 }
@@ -101,15 +102,15 @@ func (h *history) read(ctx context.Context) error {
 // next.
 func (h *history) collect(ctx context.Context) (changes []mvcc.Change, ok bool, err error) {
 	s, index := h.view.store, &h.view.space.index
-	perKey := h.limits.perKey
+	perKey, most := h.limits.perKey, max(h.limits.keys, h.to-h.from.Main)
 	if !h.span.Single {
 		perKey = perKey/32 + 1
 	}
-	for from, done, keys := h.span.Start, false, 0; !done; keys += h.limits.batch {
+	for from, done, keys := h.span.Start, false, int64(0); !done; keys += int64(h.limits.batch) {
 		if err := ctx.Err(); err != nil {
 			return nil, false, err
 		}
-		if keys >= h.limits.keys || len(changes) >= h.limits.changes && !h.span.Single {
+		if keys >= most || len(changes) >= h.limits.changes && !h.span.Single {
 			return nil, false, nil
 		}
 		var next int64

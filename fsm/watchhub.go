@@ -59,7 +59,7 @@ type watch struct {
 	audience *audience
 	place    int // in the audience
 
-	isPending, isLagging, ended bool
+	isPending, isLagging, isWide, ended bool
 }
 
 // isLive says whether there is no history to read.
