@@ -150,7 +150,8 @@ func (s *lease) LeaseTimeToLive(ctx context.Context, r *pb.LeaseTimeToLiveReques
 	return resp, nil
 }
 
-// LeaseLeases lists all leases, unlike in etcd linearizably, in the order of their ids.
+// LeaseLeases lists all leases, unlike in etcd linearizably: in the order in which they were granted (etcd: in which
+// they expire), or, with shards, of their ids.
 func (s *lease) LeaseLeases(ctx context.Context, _ *pb.LeaseLeasesRequest) (*pb.LeaseLeasesResponse, error) {
 	list := s.listAlone
 	if s.router.sharded {
@@ -160,7 +161,6 @@ func (s *lease) LeaseLeases(ctx context.Context, _ *pb.LeaseLeasesRequest) (*pb.
 	if err != nil {
 		return nil, err
 	}
-	slices.SortFunc(resp.Leases, func(a, b *pb.LeaseStatus) int { return cmp.Compare(a.ID, b.ID) })
 	s.router.fill(resp.Header)
 	return resp, nil
 }
@@ -194,6 +194,7 @@ func (s *lease) listSharded(ctx context.Context) (*pb.LeaseLeasesResponse, error
 		all.Leases = append(all.Leases, some.Leases...)
 		return nil
 	})
+	slices.SortFunc(all.Leases, func(a, b *pb.LeaseStatus) int { return cmp.Compare(a.ID, b.ID) })
 	return all, err
 }
 
@@ -217,10 +218,15 @@ func (l *leases) listHere(ctx context.Context, replica Replica) (*pb.LeaseLeases
 	return leasesOf(state), nil
 }
 
-// leasesOf are the leases that are at home in a state. One that is ending is none any more.
+// leasesOf are the leases that are at home in a state, in the order in which they were granted. One that is ending is
+// none any more.
 func leasesOf(state *fsm.Store) *pb.LeaseLeasesResponse {
 	resp := &pb.LeaseLeasesResponse{Header: &pb.ResponseHeader{Revision: state.Revision(fsm.User)}}
-	for _, info := range state.Leases() {
+	infos := state.Leases()
+	slices.SortFunc(infos, func(a, b fsm.LeaseInfo) int {
+		return cmp.Or(cmp.Compare(a.Incarnation, b.Incarnation), cmp.Compare(a.ID, b.ID))
+	})
+	for _, info := range infos {
 		if info.Home && !info.Ending {
 			resp.Leases = append(resp.Leases, &pb.LeaseStatus{ID: info.ID})
 		}

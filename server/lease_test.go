@@ -15,9 +15,32 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
+	"google.golang.org/grpc/metadata"
 
 	"kvd/fsm"
 )
+
+func TestKeepAliveThatWantsALeader(t *testing.T) {
+	n := startNode(t, nil)
+	c := pb.NewLeaseClient(n.dial(t))
+	if _, err := c.LeaseGrant(t.Context(), &pb.LeaseGrantRequest{ID: 5, TTL: 100}); err != nil {
+		t.Fatal(err)
+	}
+	ctx := metadata.AppendToOutgoingContext(t.Context(), rpctypes.MetadataRequireLeaderKey, rpctypes.MetadataHasLeader)
+	stream, err := c.LeaseKeepAlive(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.Send(&pb.LeaseKeepAliveRequest{ID: 5}); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := stream.Recv(); err != nil || r.TTL != 100 {
+		t.Fatal(r, err)
+	}
+	n.replica.elect("", false)
+	_, err = stream.Recv()
+	sameStatus(t, err, rpctypes.ErrGRPCNoLeader)
+}
 
 // What etcd's lease service answers, in one group.
 func TestLeaseAnswers(t *testing.T) {
@@ -59,7 +82,7 @@ func TestLeaseAnswers(t *testing.T) {
 	if left, err := c.TimeToLive(ctx, 6); err != nil || left.TTL != -1 || left.GrantedTTL != 0 || left.ID != 6 || left.Revision != 3 {
 		t.Fatalf("time to live of an unknown lease: %v, %v", left, err)
 	}
-	if all, err := c.Leases(ctx); err != nil || len(all.Leases) != 3 || all.Leases[0].ID != 5 || all.Leases[1].ID != 7 {
+	if all, err := c.Leases(ctx); err != nil || len(all.Leases) != 3 || all.Leases[0].ID != chosen.ID || all.Leases[1].ID != 5 || all.Leases[2].ID != 7 {
 		t.Fatalf("leases: %v, %v", all, err)
 	}
 	if gone, err := c.Revoke(ctx, chosen.ID); err != nil || gone.Header.Revision != 4 {

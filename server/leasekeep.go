@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"io"
 	"sync"
 	"time"
@@ -19,9 +20,48 @@ import (
 const maxRenewals = 512
 
 // LeaseKeepAlive renews leases for as long as the client sends their ids. A lease that is not known is answered with a
-// TTL of 0. As in etcd, any failure ends the stream.
+// TTL of 0. As in etcd, any failure ends the stream, and so does the lack of a leader if the client wants one.
 func (s *lease) LeaseKeepAlive(stream pb.Lease_LeaseKeepAliveServer) error {
 	ctx := stream.Context()
+	if wantsLeader(ctx) {
+		led, cancel := s.router.whileLed(ctx)
+		defer cancel()
+		err := s.keepAlive(led, stream)
+		if errors.Is(context.Cause(led), rpctypes.ErrGRPCNoLeader) {
+			return rpctypes.ErrGRPCNoLeader
+		}
+		return err
+	}
+	return s.keepAlive(ctx, stream)
+}
+
+// whileLed lasts as long as ctx, and no longer than this node knows a leader, give or take leaderlessLimit; the cause is
+// rpctypes.ErrGRPCNoLeader then.
+func (r *router) whileLed(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	watch := func() {
+		ticker := time.NewTicker(leaderlessCheck)
+		defer ticker.Stop()
+		for leaderless := time.Duration(0); leaderless < leaderlessLimit; {
+			select {
+			case <-ctx.Done():
+				return
+			case <-ticker.C:
+			}
+			if leaderless += leaderlessCheck; r.hasLeader() {
+				leaderless = 0
+			}
+		}
+		cancel(rpctypes.ErrGRPCNoLeader)
+	}
+	if !r.spawn(watch) {
+		cancel(rpctypes.ErrGRPCStopped)
+	}
+	return ctx, func() { cancel(nil) }
+}
+
+// keepAlive serves a stream until it ends, ctx does, or something fails.
+func (s *lease) keepAlive(ctx context.Context, stream pb.Lease_LeaseKeepAliveServer) error {
 	arrived := make(chan int64, maxRenewals)
 	var failed error // set before arrived is closed
 	receive := func() {

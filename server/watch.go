@@ -109,7 +109,7 @@ func (s *watch) wait(ctx context.Context, one *watchStream) error {
 		case <-due.C:
 			one.tell(ctx, false)
 		case <-checks:
-			if leaderless += leaderlessCheck; s.hasLeader() {
+			if leaderless += leaderlessCheck; s.router.hasLeader() {
 				leaderless = 0
 			}
 			if leaderless >= leaderlessLimit {
@@ -126,8 +126,9 @@ func wantsLeader(ctx context.Context) bool {
 	return len(v) > 0 && v[0] == rpctypes.MetadataHasLeader
 }
 
-func (s *watch) hasLeader() bool {
-	replica := s.router.cfg.Replica(userGroup)
+// hasLeader reports whether this node knows a leader of the group that all clients depend on.
+func (r *router) hasLeader() bool {
+	replica := r.cfg.Replica(userGroup)
 	return replica != nil && replica.Leader().Node != ""
 }
 
