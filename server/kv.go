@@ -199,9 +199,12 @@ func (s *kv) put(ctx context.Context, r *pb.PutRequest, encode func() ([]byte, e
 	if err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}
-	resp, err := attaching(ctx, s.router, group, leaseOfPut(r), func(ctx context.Context) (*pb.PutResponse, error) {
-		return proposeData[pb.PutResponse](ctx, s.router, group, data, true)
-	})
+	resp, err := proposeData[pb.PutResponse](ctx, s.router, group, data, true)
+	if r.Lease != 0 && s.router.mustAttach(err) {
+		resp, err = attaching(ctx, s.router, group, []int64{r.Lease}, func(ctx context.Context) (*pb.PutResponse, error) {
+			return proposeData[pb.PutResponse](ctx, s.router, group, data, true)
+		})
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -252,13 +255,13 @@ func (s *kv) writeTxn(ctx context.Context, group uint64, r *pb.TxnRequest) (*pb.
 	if err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}
-	var leases []int64
-	if s.router.sharded {
-		leases = leasesOfTxn(r)
+	resp, err := proposeData[pb.TxnResponse](ctx, s.router, group, data, grows(r))
+	if s.router.mustAttach(err) {
+		return attaching(ctx, s.router, group, leasesOfTxn(r), func(ctx context.Context) (*pb.TxnResponse, error) {
+			return proposeData[pb.TxnResponse](ctx, s.router, group, data, grows(r))
+		})
 	}
-	return attaching(ctx, s.router, group, leases, func(ctx context.Context) (*pb.TxnResponse, error) {
-		return proposeData[pb.TxnResponse](ctx, s.router, group, data, grows(r))
-	})
+	return resp, err
 }
 
 func (s *kv) readTxn(ctx context.Context, group uint64, r *pb.TxnRequest) (*pb.TxnResponse, error) {

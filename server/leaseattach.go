@@ -13,29 +13,29 @@ import (
 // maxAttachments bounds the tries of one write, which goes on only as long as leases come and go under it.
 const maxAttachments = 8
 
-// attaching proposes a write to a group. In a sharded key space the group refuses keys of a lease that it does not know;
-// then the lease's home is told that the group will have keys of it, the group is told of the lease, and the write is
-// proposed again.
-func attaching[A any](ctx context.Context, r *router, group uint64, leases []int64, propose func(context.Context) (A, error)) (A, error) {
-	resp, err := propose(ctx)
-	if !r.sharded || len(leases) == 0 || !errors.Is(err, rpctypes.ErrGRPCLeaseNotFound) {
-		return resp, err
-	}
+// mustAttach reports whether a write was refused for a lease that its group may only not know yet.
+func (r *router) mustAttach(err error) bool {
+	return r.sharded && errors.Is(err, rpctypes.ErrGRPCLeaseNotFound)
+}
+
+// attaching proposes a write again that a group of a sharded key space has refused because it does not know a lease: the
+// lease's home is told that the group will have keys of it, and the group is told of the lease.
+func attaching[A any](ctx context.Context, r *router, group uint64, leases []int64, propose func(context.Context) (A, error)) (resp A, err error) {
 	ctx, cancel := r.withDeadline(ctx)
 	defer cancel()
 	for range maxAttachments {
-		attached, failed := r.attach(ctx, group, leases)
-		switch {
-		case failed != nil:
-			return resp, failed
-		case !attached:
+		attached, err := r.attach(ctx, group, leases)
+		if err != nil {
 			return resp, err
 		}
-		if resp, err = propose(ctx); !errors.Is(err, rpctypes.ErrGRPCLeaseNotFound) {
+		if !attached {
 			break
 		}
+		if resp, err = propose(ctx); !r.mustAttach(err) {
+			return resp, err
+		}
 	}
-	return resp, err
+	return resp, rpctypes.ErrGRPCLeaseNotFound
 }
 
 // attach makes leases known to a group. It reports whether there were any that could be.
@@ -98,12 +98,4 @@ func leasesOfTxn(t *pb.TxnRequest) []int64 {
 	}
 	collect(t)
 	return ids
-}
-
-// leaseOfPut is the lease that a put attaches its key to; nil = none.
-func leaseOfPut(r *pb.PutRequest) []int64 {
-	if r.Lease == 0 {
-		return nil
-	}
-	return []int64{r.Lease}
 }

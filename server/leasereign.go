@@ -38,7 +38,7 @@ type reign struct {
 }
 
 const (
-	maxRevocations = 64                     // of one reign under way
+	maxRevocations = 256                    // of one reign under way
 	maxCheckpoints = 1000                   // leases in one checkpoint
 	leaseGrace     = 200 * time.Millisecond // see lessor.Config
 	leaseRetry     = time.Second            // after a revocation that has failed
