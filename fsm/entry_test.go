@@ -169,6 +169,10 @@ func FuzzApply(f *testing.F) {
 	for range 40 {
 		f.Add(entryOf(f, put("a", "1"), g.command(), g.command()))
 	}
+	c := newCluster(1)
+	for range 40 {
+		f.Add(entryOf(f, grant(7, 1), leased("a", 7), c.leaseCommand(), c.leaseCommand()))
+	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var stores [2]*Store
 		for i := range stores {

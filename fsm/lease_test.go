@@ -1,11 +1,13 @@
 package fsm
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"math"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -13,6 +15,8 @@ import (
 	"go.etcd.io/bbolt"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/protobuf/proto"
+
+	"kvd/snapshot"
 )
 
 func grant(id, ttl int64) *pb.LeaseGrantRequest { return &pb.LeaseGrantRequest{ID: id, TTL: ttl} }
@@ -642,4 +646,149 @@ func TestContradictingLeasesAreRefused(t *testing.T) {
 			_ = s.Close()
 		}
 	}
+}
+
+// States that were installed from streams have the same leases, also after a defragmentation and a restart.
+func TestInstalledStatesHaveTheLeases(t *testing.T) {
+	seeds(t, 4, func(t *testing.T, seed uint64) {
+		c := newCluster(seed)
+		c.floors, c.model.maxDrops = seed%2 == 0, rememberedDrops
+		s := c.open(t, testConfig(tempPath(t)))
+		var installed []*replica
+		for range 6 {
+			for range 30 {
+				c.grow(t)
+			}
+			c.follow(t, s, int(s.AppliedIndex()), len(c.log))
+			if err := s.Flush(t.Context(), s.AppliedIndex()); err != nil {
+				t.Fatal(err)
+			}
+			other := install(t, s.Store)
+			installed = append(installed, &replica{other, other.config})
+		}
+		for _, r := range installed {
+			c.follow(t, r, 0, len(c.log))
+			c.sameLeases(t, r)
+			if err := errors.Join(r.Defragment(t.Context()), r.Close()); err != nil {
+				t.Fatal(err)
+			}
+			r = c.open(t, r.config)
+			c.sameLeases(t, r)
+			c.same(t, s, r)
+			if err := r.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A flush that fails, or a crash before it, loses changes of leases and of keys together.
+func TestCrashBetweenFlushes(t *testing.T) {
+	config := testConfig(tempPath(t))
+	config.FlushInterval = 1 << 40
+	s := open(t, config)
+	must(t, apply(t, s, grant(7, 1), leased("a", 7)))
+	if err := s.Flush(t.Context(), 1); err != nil {
+		t.Fatal(err)
+	}
+	must(t, apply(t, s, revoke(7), grant(8, 1), leased("b", 8)))
+	must(t, apply(t, s, step(LeaseCommand{Kind: LeaseAttach, ID: 9, Incarnation: 5}), step(LeaseCommand{Kind: LeaseDrop, ID: 9, Incarnation: 5})))
+	again, err := reopenAfterCrash(t, s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if all := again.Leases(); len(all) != 1 || all[0].ID != 7 || keysOf(again, 7) != "a" || get(t, again, "b") != "" {
+		t.Errorf("before the flush: %+v", all)
+	}
+	must(t, apply(t, again, step(LeaseCommand{Kind: LeaseAttach, ID: 9, Incarnation: 5})))
+	if err := s.Flush(t.Context(), s.AppliedIndex()); err != nil {
+		t.Fatal(err)
+	}
+	if again, err = reopenAfterCrash(t, s); err != nil {
+		t.Fatal(err)
+	}
+	if all := again.Leases(); len(all) != 1 || all[0].ID != 8 || keysOf(again, 8) != "b" || get(t, again, "a") != "" {
+		t.Errorf("after the flush: %+v", all)
+	}
+	expect(t, again, ErrLeaseNotFound, step(LeaseCommand{Kind: LeaseAttach, ID: 9, Incarnation: 5}))
+}
+
+func TestRestoredLeases(t *testing.T) {
+	s := open(t, testConfig(tempPath(t)))
+	must(t, apply(t, s, grant(7, 100), grant(8, 100), grant(9, 100), leased("a", 7), leased("b", 7), put("b", "1"), leased("c", 9), leased("d", 9)))
+	must(t, apply(t, s, step(LeaseCommand{Kind: LeaseRegister, ID: 7, Group: 3}), step(LeaseCommand{Kind: LeaseEnd, ID: 7}), checkpoint(8, 5)))
+	page, err := s.RowsPage(t.Context(), User, nil, s.Revision(User), 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	homes, _, more := s.HomeLeases(math.MinInt64, 10)
+	if len(homes) != 3 || more {
+		t.Fatalf("%+v, %t", homes, more)
+	}
+	if homes, err = ParseLeases(AppendLeases(nil, homes)); err != nil {
+		t.Fatal(err)
+	}
+	b, err := NewBuilder(tempPath(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(b.Add(page.Rows), b.AddLeases(homes[:1]), b.AddLeases(homes[1:2]), b.AddLeases(nil)); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Finish(snapshot.Meta{Index: 5, Revision: 50, CompactRevision: -1, Keys: page.Keys}); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.AddLeases(homes); !errors.Is(err, ErrClosed) {
+		t.Errorf("leases after the end: %v", err)
+	}
+	if _, err := Open(testConfig(b.path)); !errors.Is(err, ErrCorruptState) {
+		t.Errorf("opened with keys whose lease it does not have: %v", err)
+	}
+	named := map[string]int64{}
+	all, err := RestoredLeases(t.Context(), b.path, func(key []byte, id int64) { named[string(key)] = id })
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []LeaseInfo{
+		{ID: 7, TTL: 100, Incarnation: 50, Home: true}, {ID: 8, TTL: 100, Remaining: 5, Incarnation: 50, Home: true},
+		{ID: 9, TTL: strayTTL, Incarnation: 50, Home: true}, // ended while the backup was taken
+	}
+	if !reflect.DeepEqual(all, want) || fmt.Sprint(named) != "map[a:7 c:9 d:9]" {
+		t.Errorf("%+v, %v", all, named)
+	}
+	if err := Adopt(b.path, snapshot.Meta{Index: 1, Term: 1}); err != nil {
+		t.Fatal(err)
+	}
+	config := testConfig(b.path)
+	s = open(t, config)
+	want[0].Keys, want[2].Keys = 1, 2
+	if got := s.Leases(); !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v", got)
+	}
+	must(t, apply(t, s, revoke(9), grant(9, 1)))
+	if l, _ := s.Lease(9); l.Incarnation <= 50 || get(t, s, "c")+get(t, s, "d") != "" {
+		t.Errorf("%+v", l)
+	}
+}
+
+func FuzzLeases(f *testing.F) {
+	f.Add(AppendLeases(nil, []LeaseInfo{{ID: 7, TTL: 1, Home: true, Groups: []uint64{1, 2}}, {ID: -1, Ending: true}}))
+	f.Add(LeaseCommand{Kind: LeaseAttach, ID: 1, Revision: 3}.Request().Data)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if all, err := ParseLeases(data); err == nil {
+			if again, err := ParseLeases(AppendLeases(nil, all)); err != nil || !reflect.DeepEqual(again, all) {
+				t.Errorf("%+v became %+v, %v", all, again, err)
+			}
+		} else if !errors.Is(err, ErrMalformedRows) {
+			t.Error(err)
+		}
+		if c, err := ParseLeaseCommand(data); err == nil {
+			if again := c.Request().Data; !bytes.Equal(again, data) {
+				t.Errorf("%x became %x", data, again)
+			}
+		}
+	})
 }

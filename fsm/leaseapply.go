@@ -127,7 +127,7 @@ func (w *writer) registerLease(c LeaseCommand) Result {
 	}
 	if i, known := slices.BinarySearch(l.groups, c.Group); !known && c.Group != s.config.Group {
 		s.mu.Lock()
-		l.groups = slices.Insert(l.groups, i, c.Group)
+		l.groups = slices.Insert(slices.Clone(l.groups), i, c.Group)
 		s.recordLease(l)
 		s.mu.Unlock()
 	}

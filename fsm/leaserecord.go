@@ -39,7 +39,7 @@ const (
 type leaseRecord struct {
 	id, ttl, remaining, incarnation int64
 	home, ending                    bool
-	groups                          []uint64 // ascending
+	groups                          []uint64 // ascending; replaced, never changed
 }
 
 func appendLeaseKey(b []byte, id int64) []byte { return binary.BigEndian.AppendUint64(b, uint64(id)) }
