@@ -346,7 +346,9 @@ func watchAtRandom(t *testing.T, seed uint64, plant func(*faults)) error {
 		mine := &requests{Rand: rand.New(rand.NewPCG(g.Uint64(), 0)), w: w, compacted: -1}
 		writers.Go(func() {
 			for range 40 {
-				r := mine.write()
+				w.mu.Lock()
+				r := mine.write() // it looks at the newest revision
+				w.mu.Unlock()
 				if r.Compaction == nil {
 					within, cancel := context.WithTimeout(ctx, time.Second)
 					_, _ = w.do(within, w.anyKV(mine.Rand), r) // some fail, or are lost
@@ -559,6 +561,54 @@ func TestWatchesOfWhatIsCompacted(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A transaction with so many events that they come in parts is delivered whole,
+// wherever the client is connected.
+func TestHugeTransactions(t *testing.T) {
+	w := newWorld(t, 2, 2, 1, nil)
+	name := string(bytes.Repeat([]byte("n"), 4<<10))
+	s := w.shards[w.Group([]byte("{t}"))]
+	leader := s.replicas[s.leader]
+	const batches, batch = 40, 100 // more than 16 MiB of events
+	for i := range batches {
+		txn := &pb.TxnRequest{}
+		for j := range batch {
+			txn.Success = append(txn.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: fmt.Appendf(nil, "{t}%s%d/%d", name, i, j)}}})
+		}
+		w.apply(leader, &pb.InternalRaftRequest{Txn: txn})
+	}
+	w.apply(leader, &pb.InternalRaftRequest{DeleteRange: &pb.DeleteRangeRequest{Key: []byte("{t}"), RangeEnd: []byte("{t~")}})
+	const deleted = 1 + batches + 1 // the revision
+	feed := leader.store.NewFeed(1 << 20)
+	defer feed.Close()
+	if err := feed.Watch(1, []byte("{t}"), []byte("{t~"), deleted); err != nil {
+		t.Fatal(err)
+	}
+	if taken, err := feed.Take(t.Context(), 1); err != nil || !taken[0].More {
+		t.Fatalf("the transaction does not come in parts: %v", err)
+	}
+	for _, node := range w.nodes {
+		for _, spec := range []watchSpec{{key: []byte("{t}"), end: []byte("{t~"), from: deleted}, {key: []byte{0}, end: []byte{0}, from: deleted}} {
+			d := <-w.watch(node, spec).deliveries
+			if len(d.events) != batches*batch || d.events[0].Kv.ModRevision != deleted || d.events[batches*batch-1].Kv.ModRevision != deleted {
+				t.Errorf("%s: %d events, %d, %v", node, len(d.events), d.compacted, d.err)
+			}
+		}
+	}
+}
+
+func (w *world) apply(r *shardReplica, request *pb.InternalRaftRequest) {
+	w.t.Helper()
+	data, err := proto.Marshal(request)
+	if err == nil {
+		var result fsm.Result
+		result, err = r.Propose(w.t.Context(), fsm.Request{Data: data})
+		err = cmp.Or(err, result.Err)
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
 }
 
 // A client that reads nothing costs a bounded amount of memory, wherever it is
