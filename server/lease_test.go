@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -354,10 +355,11 @@ type promise struct {
 
 // liveLeases renews leases from all nodes while leaders come and go, and fails when one ends early, or not at all. It
 // returns what went wrong.
-func liveLeases(t *testing.T, g *rand.Rand, w *world, disturb func(g *rand.Rand)) (early, late int) {
+func liveLeases(t *testing.T, g *rand.Rand, w *world, disturb func(g *rand.Rand)) (tooEarly int64, late int) {
 	const leases, ttl = 12, 10
 	promises := make([]*promise, leases)
 	ctx := t.Context()
+	var early atomic.Int64
 	for i := range promises {
 		promises[i] = &promise{until: time.Now().Add(ttl * time.Second)}
 		w.grant(int64(i+1), ttl)
@@ -380,7 +382,7 @@ func liveLeases(t *testing.T, g *rand.Rand, w *world, disturb func(g *rand.Rand)
 				case answers[0].TTL > 0:
 					p.until = sent.Add(ttl * time.Second)
 				case time.Now().Before(p.until):
-					early++
+					early.Add(1)
 				}
 				p.ended = p.ended || answers[0].TTL == 0
 				p.mu.Unlock()
@@ -394,7 +396,7 @@ func liveLeases(t *testing.T, g *rand.Rand, w *world, disturb func(g *rand.Rand)
 				p.mu.Lock()
 				if _, ok := w.homeOf(int64(i + 1)).newest(t).Lease(int64(i + 1)); !ok && !p.ended {
 					if p.ended = true; time.Now().Before(p.until) {
-						early++
+						early.Add(1)
 					}
 				}
 				p.mu.Unlock()
@@ -411,7 +413,7 @@ func liveLeases(t *testing.T, g *rand.Rand, w *world, disturb func(g *rand.Rand)
 			late++
 		}
 	}
-	return early, late
+	return early.Load(), late
 }
 
 // electors changes leaders, and sometimes leaves one behind that does not know.
