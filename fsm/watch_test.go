@@ -154,6 +154,40 @@ func TestSlowWatchIsBoundedAndMissesNothing(t *testing.T) {
 	}
 }
 
+// TestQueueWaitsForTheHistoryBeforeIt: a watch that was detached while its queue waited behind another's is attached
+// again, has history to read up to there, and is given more.
+func TestQueueWaitsForTheHistoryBeforeIt(t *testing.T) {
+	var during func()
+	config := testConfig(tempPath(t))
+	config.faults.catchingUp = func() {
+		if f := during; f != nil {
+			during = nil
+			f()
+		}
+	}
+	s := newScript(t, config)
+	const size = eventBytes + 4 // x and x@2
+	f := follow(s.Store, 4*size)
+	defer f.Close()
+	s.watch(f, "x", "", 2)
+	s.watch(f, "a", "", 2)
+	for _, key := range []string{"x", "x", "x", "a", "a"} { // no room for the last
+		s.puts(key)
+	}
+	during = func() { s.puts("a") }
+	if _, err := f.take(t.Context(), s.eventLog, 4*size); err != nil {
+		t.Fatal(err)
+	}
+	w := f.Feed.watches[2]
+	s.puts("a")
+	if during != nil || w.isLive() || len(w.queue) != 1 || !w.isPending {
+		t.Fatalf("not what is tested: %+v", w)
+	}
+	if err := f.takeAll(t.Context(), s.eventLog, 4*size); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestIdleWatchOutlivesCompaction: a live watch needs nothing of the past, even if its feed is full.
 func TestIdleWatchOutlivesCompaction(t *testing.T) {
 	s := newScript(t, testConfig(tempPath(t)))
