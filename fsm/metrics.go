@@ -63,7 +63,7 @@ func newMetrics(r prometheus.Registerer) *metrics {
 	m.stallSeconds = counter("apply_stall_seconds_total", "Time that apply has waited for the disk.")
 	m.watches = gauge("watches_count", "Watches of client keys.")
 	m.watchEvents = counter("watch_events_total", "Events that were queued for watches as they happened.")
-	m.laggingWatches = counter("watch_lagging_total", "Watches that were put back to reading the history, because their consumer was too slow.")
+	m.laggingWatches = counter("watch_lagging_total", "Watches that were put back to reading the history, because their queue was full or a transaction made too many events.")
 	return metricset.Join(r, m)
 }
 

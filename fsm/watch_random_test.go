@@ -54,7 +54,7 @@ func TestWatchModel(t *testing.T) {
 			}
 			opened++
 			s := open(t, config)
-			s.hub.limits = l.limits()
+			s.hub.limits, s.hub.most = l.limits(), 1+l.IntN(40)
 			return s
 		}
 		s = openNext()
@@ -135,7 +135,7 @@ func TestWatchConcurrently(t *testing.T) {
 		const entries = 1500
 		l := newEventLog(seed)
 		s := open(t, testConfig(tempPath(t)))
-		s.hub.limits = l.limits()
+		s.hub.limits, s.hub.most = l.limits(), 1+l.IntN(40)
 		var lMu sync.Mutex // of l, for the revisions that consumers begin at
 		var consumers sync.WaitGroup
 		stop := make(chan struct{})

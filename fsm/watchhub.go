@@ -24,6 +24,7 @@ type hub struct {
 	scans    chan struct{} // slots for reading the history of ranges
 	done     chan struct{}
 	limits   historyLimits
+	most     int // publishMost
 	metrics  *metrics
 	faults   *faults
 
@@ -70,6 +71,9 @@ const (
 	rangeScans = 2
 	// publishStep is how many events are queued in one hold of the lock, except that a transaction is not split.
 	publishStep = 4096
+	// publishMost is how many events are queued of one transaction. Whoever wants more of it lags: apply would take
+	// long to give many watches the deletion of many keys.
+	publishMost = 1 << 18
 	// closeStep is how many watches end in one hold of the lock.
 	closeStep = 128
 	// eventBytes is what an event takes beside its key and value.
@@ -79,7 +83,7 @@ const (
 func newHub(m *metrics, faults *faults) *hub {
 	b := &[2]bound{}
 	return &hub{
-		metrics: m, faults: faults, limits: defaultHistoryLimits, scans: make(chan struct{}, rangeScans), done: make(chan struct{}),
+		metrics: m, faults: faults, limits: defaultHistoryLimits, most: publishMost, scans: make(chan struct{}, rangeScans), done: make(chan struct{}),
 		keys: map[string]*audience{}, ranges: adt.NewIntervalTree(), point: adt.Interval{Begin: &b[0], End: &b[1]},
 	}
 }
@@ -241,10 +245,13 @@ func (h *hub) publishTransaction(rows mvcc.Rows) (queued int, err error) {
 		}
 		alone := []*mvccpb.Event{event}
 		for _, a := range h.found {
-			for i := len(a.watches) - 1; i >= 0; i-- { // enqueue may take the i-th out
-				a.watches[i].enqueue(alone)
+			for i := len(a.watches) - 1; i >= 0; i-- { // either may take the i-th out
+				if queued++; queued > h.most {
+					a.watches[i].giveUp(event.Kv.ModRevision)
+				} else {
+					a.watches[i].enqueue(alone)
+				}
 			}
-			queued += len(a.watches)
 		}
 	}
 	return queued, nil
@@ -269,23 +276,14 @@ func (h *hub) find(key []byte) {
 	begin.key, end.key = "", ""
 }
 
-// enqueue gives an attached watch a change, or detaches it if its feed is full.
+// enqueue gives an attached watch a change, if there is room in its feed.
 func (w *watch) enqueue(alone []*mvccpb.Event) {
 	f, revision, n := w.feed, alone[0].Kv.ModRevision, int64(sizeOf(alone[0]))
 	switch {
 	case revision < w.live:
 		return
 	case f.bytes+n > f.maxBytes:
-		if w.isLive() {
-			// All before this transaction, or before what is queued, has been handed out.
-			w.next = max(w.next, revision)
-			if len(w.queue) > 0 {
-				w.next = w.queue[0].Kv.ModRevision
-			}
-		}
-		f.hub.metrics.laggingWatches.Inc()
-		f.hub.detach(w)
-		f.lag(w)
+		w.giveUp(revision)
 		return
 	case len(w.queue) == 0:
 		w.queue = alone
@@ -297,6 +295,24 @@ func (w *watch) enqueue(alone []*mvccpb.Event) {
 	if w.isLive() {
 		f.pend(w)
 	}
+}
+
+// giveUp detaches an attached watch because of a change at revision, so that it lags.
+func (w *watch) giveUp(revision int64) {
+	if revision < w.live {
+		return
+	}
+	if w.isLive() {
+		// All before this transaction, or before what is queued, has been handed out.
+		w.next = max(w.next, revision)
+		if len(w.queue) > 0 {
+			w.next = w.queue[0].Kv.ModRevision
+		}
+	}
+	h := w.feed.hub
+	h.metrics.laggingWatches.Inc()
+	h.detach(w)
+	w.feed.lag(w)
 }
 
 // take hands out what is queued, or the first transactions of it, one at least, that bring left down to kept.
