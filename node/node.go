@@ -347,6 +347,12 @@ func (n *Node) Ready() <-chan struct{} { return n.ready }
 // KV is the key-value service, for callers inside the process.
 func (n *Node) KV() pb.KVServer { return n.server.KV() }
 
+// Watch is the watch service, for callers inside the process.
+func (n *Node) Watch() pb.WatchServer { return n.server.Watch() }
+
+// Lease is the lease service, for callers inside the process.
+func (n *Node) Lease() pb.LeaseServer { return n.server.Lease() }
+
 // outcome is what this node is in its cluster.
 func (n *Node) outcome() bootstrap.Outcome {
 	n.mu.Lock()

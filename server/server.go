@@ -311,6 +311,9 @@ func New(cfg Config) (*Server, error) {
 // KV is the key-value service, for callers inside the process.
 func (s *Server) KV() pb.KVServer { return s.kv }
 
+// Watch is the watch service, for callers inside the process.
+func (s *Server) Watch() pb.WatchServer { return s.watch }
+
 // Lease is the lease service, for callers inside the process.
 func (s *Server) Lease() pb.LeaseServer { return s.lease }
 
