@@ -36,7 +36,8 @@ type campaign struct {
 	c       *cluster.Cluster
 	traffic linearizability.Traffic
 	history linearizability.History
-	moving  bool // shards move under faults: some may stand still meanwhile
+	moving  bool    // shards move under faults: some may stand still meanwhile
+	judges  *judges // nil = none
 	ctx     context.Context
 	cancel  context.CancelFunc
 	group   sync.WaitGroup
@@ -84,6 +85,9 @@ func (g *campaign) end(t *testing.T, windows ...linearizability.Window) {
 	}
 	if err := linearizability.Check(ops, linearizability.Config{OneOrder: true, Sharded: true, Timeout: 2 * time.Minute}); err != nil {
 		t.Error(err)
+	}
+	if g.judges != nil {
+		g.judges.judge(t, ops, false)
 	}
 }
 
@@ -138,11 +142,12 @@ func TestShardsLinearizableUnderFaults(t *testing.T) {
 	c := cluster.Run(t, cfg)
 	g := begin(t, c, seed, shards, c.Names()...)
 	g.moving = moving
+	g.judges = summon(t, c, seed, &g.history, g.traffic.Keys)
 	until, end := context.WithTimeout(t.Context(), *campaignFlag)
 	defer end()
 	windows, err := nemesis.Run(until, shardedPatient{patient{c}}, nemesis.Config{
 		Faults: faults(seed), Seed: seed, Hold: time.Second, Rest: 300 * time.Millisecond, Timeout: cluster.Liveness,
-		Now: g.history.Now, Progress: g.progress, Logf: t.Logf,
+		Now: g.history.Now, Progress: g.progress, Broke: g.judges.leaseLog.Broke, Logf: t.Logf,
 	})
 	if err != nil {
 		t.Error(err)

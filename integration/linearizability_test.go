@@ -119,12 +119,13 @@ func TestLinearizableUnderFaults(t *testing.T) {
 	stop, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); traffic.Run(stop, &history) }()
+	j := summon(t, c, seed, &history, traffic.Keys)
 
 	campaign, end := context.WithTimeout(t.Context(), *campaignFlag)
 	defer end()
 	windows, err := nemesis.Run(campaign, patient{c}, nemesis.Config{
 		Seed: seed, Hold: time.Second, Rest: 300 * time.Millisecond, Timeout: cluster.Liveness,
-		Now: history.Now, Progress: func(since int64) bool { return history.ChangesSince(since) > 20 }, Logf: t.Logf,
+		Now: history.Now, Progress: func(since int64) bool { return history.ChangesSince(since) > 20 }, Broke: j.leaseLog.Broke, Logf: t.Logf,
 	})
 	cancel()
 	<-done
@@ -137,6 +138,7 @@ func TestLinearizableUnderFaults(t *testing.T) {
 	if err := linearizability.Check(ops, linearizability.Config{OneOrder: true, Timeout: 2 * time.Minute}); err != nil {
 		t.Error(err)
 	}
+	j.judge(t, ops, true)
 	sameEverywhere(t, c)
 }
 

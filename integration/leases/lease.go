@@ -61,7 +61,7 @@ type Op struct {
 	Key            string        // of Attach, Detach, Look and Gone
 	Sent, Answered time.Duration // since the log began
 	TTL            time.Duration // of Grant, Renew and Left: what the answer says
-	Revision       int64         // Gone: the deletion's
+	Revision       int64         // of Attach, if it was answered, and of Gone, the deletion's
 	Bare           bool          // Look: the key has no lease
 }
 
@@ -109,6 +109,16 @@ func (l *Log) Ops() []Op {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.Clone(l.ops)
+}
+
+// Known are the revisions at which keys were put with leases.
+func (l *Log) Known() (known []int64) {
+	for _, op := range l.Ops() {
+		if op.Kind == Attach && op.Outcome == Done {
+			known = append(known, op.Revision)
+		}
+	}
+	return known
 }
 
 // Broken returns when something was broken.

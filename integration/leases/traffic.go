@@ -176,8 +176,9 @@ func (h *holder) hold(ctx context.Context, n int) {
 }
 
 func (h *holder) attach(ctx context.Context, id int64, key string) Outcome {
-	return h.request(ctx, Op{Kind: Attach, Lease: id, Key: key}, func(ctx context.Context, s Service, _ *Op) error {
-		_, err := s.Put(ctx, &pb.PutRequest{Key: []byte(key), Value: []byte("held"), Lease: id})
+	return h.request(ctx, Op{Kind: Attach, Lease: id, Key: key}, func(ctx context.Context, s Service, op *Op) error {
+		answer, err := s.Put(ctx, &pb.PutRequest{Key: []byte(key), Value: []byte("held"), Lease: id})
+		op.Revision = answer.GetHeader().GetRevision()
 		return err
 	}).Outcome
 }

@@ -15,7 +15,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"kvd/integration/leases"
 	"kvd/integration/linearizability"
+	"kvd/integration/watches"
 	"kvd/node"
 	"kvd/ring"
 	"kvd/shard"
@@ -43,6 +45,8 @@ type report struct {
 	summary linearizability.Summary
 	faults  map[string]int
 	chain   *chain // of a sharded cluster
+	watched watches.Summary
+	held    leases.Summary
 }
 
 // full is three nodes that all hold every key.
@@ -124,7 +128,8 @@ func simulate(t *testing.T, s shape, seed uint64, duration, search time.Duration
 		var windows []linearizability.Window
 		r.faults = make(map[string]int)
 		var running sync.WaitGroup
-		running.Go(func() { windows = w.nemesis(ctx, rng, &history, r.faults) })
+		j := w.summon(seed, s.keys(), &history)
+		running.Go(func() { windows = w.nemesis(ctx, rng, &history, r.faults, j.leaseLog.Broke) })
 		var services []linearizability.Service
 		for i := range 6 {
 			services = append(services, service{w.hosts[w.names[i%len(w.names)]]})
@@ -135,6 +140,7 @@ func simulate(t *testing.T, s shape, seed uint64, duration, search time.Duration
 			running.Go(func() { r.chain.read(ctx, services[0], 400*time.Millisecond) })
 			running.Go(func() { r.chain.read(ctx, services[1], 700*time.Millisecond) })
 		}
+		running.Go(func() { j.leases.Run(ctx) })
 		linearizability.Traffic{
 			Services: services, Keys: s.keys(), Seed: seed, Think: s.think, Timeout: 5 * time.Second,
 		}.Run(ctx, &history)
@@ -142,6 +148,7 @@ func simulate(t *testing.T, s shape, seed uint64, duration, search time.Duration
 		w.network.HealAll()
 		converged = w.converge()
 		ops = history.Ops()
+		converged = errors.Join(converged, j.judge(&r, ops))
 		r.summary = linearizability.Summarize(ops, windows)
 		w.stop()
 	})
@@ -211,6 +218,8 @@ func campaign(t *testing.T, s shape) {
 	total := linearizability.Summary{ChangesDuring: make(map[string]int)}
 	faults := make(map[string]int)
 	reads, moved := 0, 0
+	var watched watches.Summary
+	var held leases.Summary
 	var mu sync.Mutex
 	slots := make(chan struct{}, runtime.GOMAXPROCS(0))
 	for i := range runs {
@@ -227,6 +236,8 @@ func campaign(t *testing.T, s shape) {
 			mu.Lock()
 			defer mu.Unlock()
 			add(&total, r.summary)
+			watched.Add(r.watched)
+			held.Add(r.held)
 			for fault, n := range r.faults {
 				faults[fault] += n
 			}
@@ -237,8 +248,8 @@ func campaign(t *testing.T, s shape) {
 		})
 	}
 	t.Cleanup(func() {
-		t.Logf("%d runs of %v from seed %d: %+v, faults %v, %d reads across shards, %d of them in the middle of a change", runs, runFor, first, total, faults, reads, moved)
-		if err := total.Vacuous(); err != nil && runs > 3 {
+		t.Logf("%d runs of %v from seed %d: %+v, faults %v, %d reads across shards, %d of them in the middle of a change; watches %+v; leases %+v", runs, runFor, first, total, faults, reads, moved, watched, held)
+		if err := errors.Join(total.Vacuous(), watched.Vacuous(), held.Vacuous()); err != nil && runs > 3 {
 			t.Error(err)
 		}
 		if s.shards > 0 && runs > 3 && (moved == 0 || moved == reads) {

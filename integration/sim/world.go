@@ -69,6 +69,7 @@ type life struct {
 	cancel context.CancelFunc
 	done   chan struct{} // the node has stopped
 	cut    atomic.Bool   // what it says from now on nobody hears
+	dead   chan struct{} // closed when its streams break: it is cut, or stops
 
 	mu   sync.Mutex
 	node *node.Node // nil until it has started
@@ -108,7 +109,7 @@ func (n hostNetwork) Dial(ctx context.Context, addr string) (net.Conn, error) {
 
 func (h *host) start() {
 	ctx, cancel := context.WithCancel(context.Background())
-	l := &life{cancel: cancel, done: make(chan struct{})}
+	l := &life{cancel: cancel, done: make(chan struct{}), dead: make(chan struct{})}
 	h.mu.Lock()
 	h.running = l
 	h.mu.Unlock()
@@ -221,6 +222,7 @@ func (h *host) end(cut bool) *life {
 	h.running = nil
 	if l != nil {
 		l.cut.Store(cut)
+		close(l.dead)
 	}
 	return l
 }
@@ -323,12 +325,20 @@ func (w *world) leader() string {
 type service struct{ h *host }
 
 func call[Q, A any](ctx context.Context, h *host, do func(pb.KVServer, context.Context, Q) (A, error), request Q) (A, error) {
+	return callNode(ctx, h, func(n *node.Node) (A, error) { return do(n.KV(), ctx, request) })
+}
+
+func callLease[Q, A any](ctx context.Context, h *host, do func(pb.LeaseServer, context.Context, Q) (A, error), request Q) (A, error) {
+	return callNode(ctx, h, func(n *node.Node) (A, error) { return do(n.Lease(), ctx, request) })
+}
+
+func callNode[A any](ctx context.Context, h *host, do func(*node.Node) (A, error)) (A, error) {
 	var none A
 	n, l := h.current()
 	if n == nil {
 		return none, fmt.Errorf("%w: the node is down", linearizability.ErrNotSent)
 	}
-	answer, err := do(n.KV(), ctx, request)
+	answer, err := do(n)
 	if l.cut.Load() {
 		return none, errCut
 	}
@@ -355,7 +365,7 @@ func (s service) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, er
 }
 
 // nemesis breaks one thing at a time until ctx is done, and repairs it.
-func (w *world) nemesis(ctx context.Context, rng *rand.Rand, h *linearizability.History, counts map[string]int) []linearizability.Window {
+func (w *world) nemesis(ctx context.Context, rng *rand.Rand, h *linearizability.History, counts map[string]int, broke func(from, to time.Time)) []linearizability.Window {
 	var windows []linearizability.Window
 	for {
 		if !pause(ctx, time.Duration(2+rng.IntN(8))*time.Second) {
@@ -367,12 +377,14 @@ func (w *world) nemesis(ctx context.Context, rng *rand.Rand, h *linearizability.
 				counts[event]++
 			}
 		}
+		began := time.Now()
 		fault, repair := w.inject(rng)
 		from := h.Now()
 		ok := pause(ctx, time.Duration(3+rng.IntN(12))*time.Second)
 		windows = append(windows, linearizability.Window{Fault: fault, From: from, To: h.Now()})
 		counts[fault]++
 		repair()
+		broke(began, time.Now().Add(settling))
 		if !ok {
 			return windows
 		}
@@ -380,6 +392,9 @@ func (w *world) nemesis(ctx context.Context, rng *rand.Rand, h *linearizability.
 }
 
 const cutOff = 2 // of what inject does
+
+// settling is how long a cluster may need after a fault until everything is as it was.
+const settling = 20 * time.Second
 
 func (w *world) inject(rng *rand.Rand) (fault string, repair func()) {
 	victim := w.names[rng.IntN(len(w.names))]

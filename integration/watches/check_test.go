@@ -372,7 +372,7 @@ func watchFake(t *testing.T, seed uint64, f fault) (s Summary, planted int, verd
 		stuck := traffic.Finish(finish, store.newest())
 		cancel()
 		traffic.Wait()
-		ledger, err := Read(ctx, []linearizability.Service{store}, store.newest())
+		ledger, err := Read(t.Context(), []linearizability.Service{store}, Bounds{}, store.newest(), Known(history.Ops(), log.Watches()))
 		if err = errors.Join(stuck, err); err != nil {
 			verdict = err
 			return

@@ -5,9 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -34,50 +34,122 @@ type Ledger struct {
 // readers is how many reads of the past are under way at a time.
 const readers = 8
 
-// Read reads all keys of a store at every revision up to one, which must have been answered to somebody. Nothing may
-// have been compacted. It tries again until ctx is done.
-func Read(ctx context.Context, services []linearizability.Service, last int64) (*Ledger, error) {
-	states := make([]map[string]*mvccpb.KeyValue, last+1) // by revision
-	var next atomic.Int64
-	var group sync.WaitGroup
-	errs := make(chan error, readers)
-	for i := range readers {
-		group.Go(func() {
-			for {
-				revision := next.Add(1)
-				if revision > last {
-					return
-				}
-				state, err := readAt(ctx, services, i, revision)
-				if err != nil {
-					errs <- err
-					return
-				}
-				states[revision] = state
-			}
-		})
+// Bounds are a range of keys, as in a request; the zero value is all keys.
+type Bounds struct{ Key, End []byte }
+
+func (b Bounds) orAll() Bounds {
+	if len(b.Key) == 0 {
+		return Bounds{[]byte{0}, []byte{0}}
 	}
-	group.Wait()
-	select {
-	case err := <-errs:
-		return nil, err
-	default:
-		return compile(states)
-	}
+	return b
 }
 
-// readAt reads all keys at a revision, from any of the services.
-func readAt(ctx context.Context, services []linearizability.Service, first int, revision int64) (map[string]*mvccpb.KeyValue, error) {
-	for i := first; ; i++ {
+// state is what keys hold at a revision.
+type state map[string]*mvccpb.KeyValue
+
+// Read reads what a store held within bounds at all revisions up to one, which must have been answered to somebody.
+// Nothing may have been compacted. It looks at every revision at which something is known to have happened, and between
+// two of them as far as they differ: so the only changes that it overlooks are those that nobody was told of, and that
+// others undid before the next one that somebody was told of. It tries again until ctx is done.
+func Read(ctx context.Context, services []linearizability.Service, bounds Bounds, last int64, known []int64) (*Ledger, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	r := &reader{services: services, bounds: bounds.orAll(), fail: cancel, slots: make(chan struct{}, readers), states: map[int64]state{0: {}}}
+	points := []int64{0, last}
+	for _, k := range known {
+		if k > 0 && k <= last {
+			points = append(points, k-1, k)
+		}
+	}
+	slices.Sort(points)
+	points = slices.Compact(points)
+	for _, p := range points[1:] {
+		r.group.Go(func() { r.at(ctx, p) })
+	}
+	r.group.Wait()
+	for i := range points[1:] {
+		r.group.Go(func() { r.between(ctx, points[i], points[i+1]) })
+	}
+	r.group.Wait()
+	if err := context.Cause(ctx); err != nil {
+		return nil, err
+	}
+	return compile(r.states)
+}
+
+// reader reads a store's past.
+type reader struct {
+	services []linearizability.Service
+	bounds   Bounds
+	fail     context.CancelCauseFunc
+	slots    chan struct{}
+	group    sync.WaitGroup
+
+	mu     sync.Mutex
+	states map[int64]state // by revision
+}
+
+// at returns the state at a revision; nil if ctx is done.
+func (r *reader) at(ctx context.Context, revision int64) state {
+	r.mu.Lock()
+	known := r.states[revision]
+	r.mu.Unlock()
+	if known != nil {
+		return known
+	}
+	select {
+	case r.slots <- struct{}{}:
+	case <-ctx.Done():
+		return nil
+	}
+	read, err := r.read(ctx, revision)
+	<-r.slots
+	if err != nil {
+		r.fail(err)
+		return nil
+	}
+	r.mu.Lock()
+	r.states[revision] = read
+	r.mu.Unlock()
+	return read
+}
+
+// between reads what it takes to know every change after one revision and up to another.
+func (r *reader) between(ctx context.Context, from, to int64) {
+	before, after := r.at(ctx, from), r.at(ctx, to)
+	if to-from < 2 || before == nil || after == nil || same(before, after) {
+		return
+	}
+	middle := (from + to) / 2 // something was deleted, it is not known when
+	for _, kv := range after {
+		if m := kv.ModRevision; m > from && m < to {
+			middle = m
+			break
+		} else if m == to {
+			middle = to - 1
+		}
+	}
+	r.between(ctx, from, middle)
+	r.between(ctx, middle, to)
+}
+
+func same(a, b state) bool {
+	return maps.EqualFunc(a, b, func(a, b *mvccpb.KeyValue) bool { return a.ModRevision == b.ModRevision })
+}
+
+// read reads a state, from any of the services: any copy has it.
+func (r *reader) read(ctx context.Context, revision int64) (state, error) {
+	request := &pb.RangeRequest{Key: r.bounds.Key, RangeEnd: r.bounds.End, Revision: revision, Serializable: true}
+	for i := revision; ; i++ {
 		attempt, cancel := context.WithTimeout(ctx, 5*time.Second)
-		answer, err := services[i%len(services)].Range(attempt, &pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte{0}, Revision: revision})
+		answer, err := r.services[i%int64(len(r.services))].Range(attempt, request)
 		cancel()
 		if err == nil {
-			state := make(map[string]*mvccpb.KeyValue, len(answer.Kvs))
+			found := make(state, len(answer.Kvs))
 			for _, kv := range answer.Kvs {
-				state[string(kv.Key)] = kv
+				found[string(kv.Key)] = kv
 			}
-			return state, nil
+			return found, nil
 		}
 		select {
 		case <-ctx.Done():
@@ -87,11 +159,12 @@ func readAt(ctx context.Context, services []linearizability.Service, first int, 
 	}
 }
 
-// compile finds the changes between states.
-func compile(states []map[string]*mvccpb.KeyValue) (*Ledger, error) {
-	l := &Ledger{Last: int64(len(states) - 1), order: make(map[int64][]string)}
-	for i := 1; i < len(states); i++ {
-		revision, before, now := int64(i), states[i-1], states[i]
+// compile finds the changes between states. Where two differ, there is none between them.
+func compile(states map[int64]state) (*Ledger, error) {
+	revisions := slices.Sorted(maps.Keys(states))
+	l := &Ledger{Last: revisions[len(revisions)-1], order: make(map[int64][]string)}
+	for i := 1; i < len(revisions); i++ {
+		revision, before, now := revisions[i], states[revisions[i-1]], states[revisions[i]]
 		from := len(l.Changes)
 		for key, kv := range now {
 			prev := before[key]
@@ -100,7 +173,7 @@ func compile(states []map[string]*mvccpb.KeyValue) (*Ledger, error) {
 			case kv.ModRevision == revision:
 				l.Changes = append(l.Changes, Change{revision, key, kv, prev})
 			default:
-				return nil, fmt.Errorf("%w: at revision %d %q has %v, and at the one before %v", linearizability.ErrViolation, revision, key, kv, prev)
+				return nil, fmt.Errorf("%w: at revision %d %q has %v, and at %d %v", linearizability.ErrViolation, revision, key, kv, revisions[i-1], prev)
 			}
 		}
 		for key, prev := range before {
@@ -111,6 +184,24 @@ func compile(states []map[string]*mvccpb.KeyValue) (*Ledger, error) {
 		slices.SortFunc(l.Changes[from:], func(a, b Change) int { return cmp.Compare(a.Key, b.Key) })
 	}
 	return l, nil
+}
+
+// Known are the revisions at which something happened, as clients and watches were told.
+func Known(ops []linearizability.Op, watches []*Watch) (known []int64) {
+	for _, op := range ops {
+		if op.Changes() {
+			known = append(known, op.Output.Revision)
+		}
+	}
+	for _, w := range watches {
+		for _, a := range w.Answers {
+			for _, e := range a.Events {
+				known = append(known, e.Kv.ModRevision)
+			}
+		}
+	}
+	slices.Sort(known)
+	return slices.Compact(known)
 }
 
 // at returns the changes of a revision.

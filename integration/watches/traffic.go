@@ -19,6 +19,7 @@ import (
 type Traffic struct {
 	Services []Service // one client each, which has one stream at a time
 	Keys     []string  // what others write: watches are on keys, prefixes and ranges of them
+	Bounds   Bounds    // the most that is watched; the zero value is all keys
 	Seed     uint64    // of the clients' choices
 	Life     time.Duration
 	History  *linearizability.History // for its clock
@@ -27,9 +28,9 @@ type Traffic struct {
 	// Newest returns a revision that some client was told of, for watches to begin in the past.
 	Newest func() int64
 
-	target    atomic.Int64
-	unsettled atomic.Int64
-	group     sync.WaitGroup
+	target   atomic.Int64
+	watchers []*watcher
+	group    sync.WaitGroup
 }
 
 // defaultLife is the mean time that a stream lasts unless something ends it.
@@ -40,9 +41,9 @@ func (t *Traffic) Start(ctx context.Context) {
 	if t.Life == 0 {
 		t.Life = defaultLife
 	}
-	t.unsettled.Store(int64(len(t.Services)))
 	for i := range t.Services {
-		w := &watcher{Traffic: t, node: i, random: rand.New(rand.NewPCG(t.Seed, uint64(i)+1000))}
+		w := &watcher{Traffic: t, node: i, random: rand.New(rand.NewPCG(t.Seed, uint64(i)+1000)), done: make(chan struct{})}
+		t.watchers = append(t.watchers, w)
 		t.group.Go(func() { w.run(ctx) })
 	}
 }
@@ -51,9 +52,11 @@ func (t *Traffic) Start(ctx context.Context) {
 // says which didn't before ctx was done; the context of Start has to be cancelled then.
 func (t *Traffic) Finish(ctx context.Context, revision int64) error {
 	t.target.Store(revision)
-	for t.unsettled.Load() > 0 {
-		if !pause(ctx, 20*time.Millisecond) {
-			return fmt.Errorf("watches: %d of %d clients have not been told of everything up to revision %d", t.unsettled.Load(), len(t.Services), revision)
+	for _, w := range t.watchers {
+		select {
+		case <-w.done:
+		case <-ctx.Done():
+			return fmt.Errorf("watches: not told of everything up to revision %d: %s", revision, w.state())
 		}
 	}
 	t.group.Wait()
@@ -77,6 +80,28 @@ type watcher struct {
 	*Traffic
 	node   int
 	random *rand.Rand
+	done   chan struct{} // closed when its watches have told of everything
+
+	mu  sync.Mutex
+	now *session // the stream it has; nil = none yet
+	err error    // of the last attempt to open one
+}
+
+// state tells what a client that is stuck has.
+func (w *watcher) state() string {
+	w.mu.Lock()
+	s, err := w.now, w.err
+	w.mu.Unlock()
+	if s == nil || err != nil {
+		return fmt.Sprintf("client %d has no stream: %v", w.node, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	text := fmt.Sprintf("client %d, %d requests for progress:", w.node, s.asked)
+	for _, x := range s.watches {
+		text += fmt.Sprintf("\n  next %d: %v", x.next(), x)
+	}
+	return text
 }
 
 // run opens one stream after the other.
@@ -87,7 +112,7 @@ func (w *watcher) run(ctx context.Context) {
 		done := w.stream(ctx, watches)
 		w.Log.add(slices.DeleteFunc(slices.Clone(watches), func(w *Watch) bool { return w.Answered == 0 && len(w.Answers) == 0 })...)
 		if done {
-			w.unsettled.Add(-1)
+			close(w.done)
 			return
 		}
 		before = watches
@@ -95,17 +120,18 @@ func (w *watcher) run(ctx context.Context) {
 	}
 }
 
-// choose makes up the watches of the next stream. Most of those of the last one are resumed; all, when it is about to
-// end.
+// choose makes up the watches of the next stream. Most of those of the last one are resumed; when it is about to end, just
+// those that have not told everything.
 func (w *watcher) choose(before []*Watch) (watches []*Watch) {
+	target := w.target.Load()
 	for _, b := range before {
 		next := b.next()
-		if next == 0 || w.target.Load() == 0 && w.random.IntN(4) == 0 {
+		if next == 0 || target == 0 && w.random.IntN(4) == 0 || target > 0 && next > target {
 			continue
 		}
 		watches = append(watches, &Watch{Node: w.node, Key: b.Key, End: b.End, From: next, Prev: b.Prev, NoPut: b.NoPut, NoDelete: b.NoDelete, Resumed: true})
 	}
-	for n := 1 + w.random.IntN(3); len(watches) < n; {
+	for n := 1 + w.random.IntN(3); target == 0 && len(watches) < n; {
 		watches = append(watches, w.another())
 	}
 	return watches
@@ -117,13 +143,16 @@ func (w *watcher) another() *Watch {
 	x := &Watch{Node: w.node, Key: []byte(a), Prev: w.random.IntN(2) == 0}
 	switch w.random.IntN(6) {
 	case 0: // everything
-		x.Key, x.End = []byte{0}, []byte{0}
+		x.Key, x.End = w.Bounds.orAll().Key, w.Bounds.orAll().End
 	case 1: // from a key on
-		x.End = []byte{0}
+		x.End = w.Bounds.orAll().End
 	case 2: // a range
 		x.Key, x.End = []byte(min(a, b)), []byte(max(a, b)+"\x00")
 	case 3, 4: // a prefix: of a tag, if there are any
 		prefix := a[:1+w.random.IntN(len(a))]
+		if len(w.Bounds.Key) > 0 { // a shorter one may go beyond
+			prefix = a
+		}
 		if tag := strings.IndexByte(a, '}'); tag >= 0 {
 			prefix = a[:tag+1]
 		}
@@ -161,10 +190,16 @@ func (w *watcher) stream(ctx context.Context, watches []*Watch) (done bool) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := w.Services[w.node].Watch(ctx)
+	w.mu.Lock()
+	w.err = err
+	w.mu.Unlock()
 	if err != nil {
 		return false
 	}
 	s := &session{watcher: w, stream: stream, watches: watches, ended: make(chan struct{})}
+	w.mu.Lock()
+	w.now = s
+	w.mu.Unlock()
 	slow := w.random.IntN(3) == 0
 	reader := rand.New(rand.NewPCG(w.random.Uint64(), 0))
 	go func() {
@@ -207,7 +242,8 @@ type session struct {
 	watches []*Watch
 	ended   chan struct{}
 
-	mu sync.Mutex // of what is in watches
+	mu    sync.Mutex // of what is in watches
+	asked int
 }
 
 // ask asks for progress now and then, until the stream has had its time.
@@ -217,6 +253,9 @@ func (s *session) ask(ctx context.Context) (done bool) {
 		wait := time.Duration(s.random.ExpFloat64() * float64(s.Life) / 8)
 		if s.target.Load() > 0 {
 			life, wait = nil, 100*time.Millisecond
+			if s.ahead() {
+				return false
+			}
 		}
 		select {
 		case <-s.ended:
@@ -235,7 +274,17 @@ func (s *session) ask(ctx context.Context) (done bool) {
 			<-s.ended
 			return s.settled()
 		}
+		s.mu.Lock()
+		s.asked++
+		s.mu.Unlock()
 	}
+}
+
+// ahead reports whether a watch begins after all that it should tell of: as long as that is to come, no progress is told
+// of on its stream.
+func (s *session) ahead() bool {
+	target := s.target.Load()
+	return slices.ContainsFunc(s.watches, func(w *Watch) bool { return w.From > target })
 }
 
 // settled reports whether every watch has told everything that was asked for.
