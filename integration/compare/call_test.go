@@ -137,7 +137,7 @@ func readsLocally(request proto.Message) bool {
 			}
 		}
 		return true
-	case *pb.HashKVRequest:
+	case *pb.HashKVRequest, *pb.LeaseLeasesRequest:
 		return true
 	}
 	return false
@@ -161,6 +161,32 @@ func send(ctx context.Context, conn *grpc.ClientConn, what call) (proto.Message,
 		return kv.Compact(ctx, r)
 	case *pb.HashKVRequest:
 		return pb.NewMaintenanceClient(conn).HashKV(ctx, r)
+	default:
+		return sendLease(ctx, pb.NewLeaseClient(conn), what)
+	}
+}
+
+func sendLease(ctx context.Context, lease pb.LeaseClient, what call) (proto.Message, error) {
+	switch r := what.request.(type) {
+	case *pb.LeaseGrantRequest:
+		return lease.LeaseGrant(ctx, r)
+	case *pb.LeaseRevokeRequest:
+		return lease.LeaseRevoke(ctx, r)
+	case *pb.LeaseTimeToLiveRequest:
+		return lease.LeaseTimeToLive(ctx, r)
+	case *pb.LeaseLeasesRequest:
+		return lease.LeaseLeases(ctx, r)
+	case *pb.LeaseKeepAliveRequest:
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		stream, err := lease.LeaseKeepAlive(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if err := stream.Send(r); err != nil {
+			return nil, err
+		}
+		return stream.Recv()
 	default:
 		panic(fmt.Sprintf("no method for %T", r))
 	}

@@ -147,6 +147,9 @@ func (r *revisions) extend(reference, subject int64, inSteps bool) {
 
 // inSteps tells a deletion that takes place shard by shard: its answer has the last one's revision.
 func inSteps(c call) bool {
+	if _, ok := c.request.(*pb.LeaseRevokeRequest); ok {
+		return true
+	}
 	r, ok := c.request.(*pb.DeleteRangeRequest)
 	return ok && bytes.Equal(r.RangeEnd, []byte{0})
 }
