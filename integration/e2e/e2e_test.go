@@ -13,8 +13,10 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -22,6 +24,7 @@ import (
 
 var (
 	jobsFlag = flag.Int("jobs", 4, "tests of etcd that run beside each other; they mostly wait")
+	allFlag  = flag.Bool("all", false, "also run the packages of etcd's tests that take minutes")
 	etcdFlag = flag.Bool("etcd", false, "run the tests against etcd itself, too")
 	portFlag = flag.Int("port", 20000, "first `port` of the servers; systems give connections higher ones")
 	treeFlag = flag.String("tree", "", "`directory` to build in, where etcd's tests stay for the next run; only kvd is built again then")
@@ -32,10 +35,11 @@ var (
 const full, consistent = "full", "consistent"
 
 // packages of etcd's tests.
-var packages = []string{
-	"common", "integration", "integration/clientv3", "integration/clientv3/concurrency", "integration/clientv3/experimental/recipes",
-	"integration/clientv3/lease",
-}
+var (
+	needed = []string{"common", "integration/clientv3/concurrency", "integration/clientv3/experimental/recipes"}
+	more   = []string{"integration", "integration/clientv3", "integration/clientv3/lease"}
+	shards = []string{"common", "integration/clientv3/concurrencytagged", "integration/clientv3/experimental/recipestagged"}
+)
 
 const (
 	envPort     = "KVD_E2E_BASE_PORT"
@@ -48,13 +52,31 @@ const (
 func TestMain(m *testing.M) {
 	flag.Parse()
 	flag.Set("test.parallel", strconv.Itoa(*jobsFlag))
-	os.Exit(m.Run())
+	os.Exit(runAll(m))
 }
 
-func TestFull(t *testing.T) { runKVD(t, full, "--strategy", full) }
+func runAll(m *testing.M) int {
+	if *treeFlag == "" {
+		dir, err := os.MkdirTemp("", "kvd-e2e-")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		*treeFlag = dir
+	}
+	return m.Run()
+}
+
+// kvdTree is what both strategies need.
+var kvdTree = sync.OnceValues(func() (*tree, error) {
+	return newTree(context.Background(), filepath.Join(*treeFlag, "kvd"), slices.Concat(chosen(), shards[1:]), true)
+})
+
+func TestFull(t *testing.T) { runKVD(t, full, chosen(), "--strategy", full) }
 
 func TestConsistent(t *testing.T) {
-	runKVD(t, consistent, "--strategy", consistent, "--shards", "3", "--replication-factor", "3")
+	runKVD(t, consistent, shards, "--strategy", consistent, "--shards", "3", "--replication-factor", "3")
 }
 
 // TestEtcd shows that what is run passes against etcd.
@@ -62,7 +84,7 @@ func TestEtcd(t *testing.T) {
 	if !*etcdFlag {
 		t.Skip("only with -etcd")
 	}
-	tree, err := newTree(t.Context(), treeDir(t, "etcd"), packages, false)
+	tree, err := newTree(t.Context(), filepath.Join(*treeFlag, "etcd"), chosen(), false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,23 +92,23 @@ func TestEtcd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	newSuite(t, tree, skips, nil).run(t)
+	newSuite(tree, chosen(), skips, nil).run(t)
 }
 
-// treeDir is where to build.
-func treeDir(t *testing.T, server string) string {
-	if *treeFlag == "" {
-		return t.TempDir()
+// chosen are the packages for servers that have all keys in one place.
+func chosen() []string {
+	if *allFlag {
+		return slices.Concat(needed, more)
 	}
-	return filepath.Join(*treeFlag, server)
+	return needed
 }
 
-func runKVD(t *testing.T, strategy string, flags ...string) {
+func runKVD(t *testing.T, strategy string, packages []string, flags ...string) {
 	skips, err := readSkips("skips.txt", strategy)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tree, err := newTree(t.Context(), treeDir(t, "kvd"), packages, true)
+	tree, err := kvdTree()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,13 +118,13 @@ func runKVD(t *testing.T, strategy string, flags ...string) {
 		"ETCD_SHIM_CERT=" + filepath.Join(tree.bin, "own.crt"), "ETCD_SHIM_KEY=" + filepath.Join(tree.bin, "own.key"),
 		"KVD_E2E_BINARY=" + filepath.Join(tree.bin, "kvd"), "KVD_E2E_FLAGS=" + strings.Join(flags, " "),
 	}
-	s := newSuite(t, tree, skips, env)
+	s := newSuite(tree, packages, skips, env)
 	s.run(t)
 	if *testFlag != "" {
 		return
 	}
 	for _, skip := range s.skips {
-		if !skip.used {
+		if !skip.used && slices.Contains(packages, skip.pkg) {
 			t.Errorf("skips.txt: no test is like %q", skip.line)
 		}
 	}
@@ -110,14 +132,15 @@ func runKVD(t *testing.T, strategy string, flags ...string) {
 
 // suite is what is run, and with what.
 type suite struct {
-	tree  *tree
-	skips []*skip
-	env   []string
-	ports chan int // first port of a job
+	tree     *tree
+	packages []string
+	skips    []*skip
+	env      []string
+	ports    chan int // first port of a job
 }
 
-func newSuite(t *testing.T, tree *tree, skips []*skip, env []string) *suite {
-	s := &suite{tree: tree, skips: skips, env: env, ports: make(chan int, *jobsFlag)}
+func newSuite(tree *tree, packages []string, skips []*skip, env []string) *suite {
+	s := &suite{tree: tree, packages: packages, skips: skips, env: env, ports: make(chan int, *jobsFlag)}
 	for i := range *jobsFlag {
 		s.ports <- *portFlag + i*portsPerJob
 	}
@@ -126,18 +149,18 @@ func newSuite(t *testing.T, tree *tree, skips []*skip, env []string) *suite {
 
 // run runs every test in a process of its own: where a test ends its process, the others are not lost.
 func (s *suite) run(t *testing.T) {
-	chosen, err := regexp.Compile(*testFlag)
+	wanted, err := regexp.Compile(*testFlag)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Run("tests", func(t *testing.T) { // returns when all are done
-		for _, pkg := range packages {
+		for _, pkg := range s.packages {
 			names, err := s.list(t.Context(), pkg)
 			if err != nil {
 				t.Fatal(err)
 			}
 			for _, name := range names {
-				if !chosen.MatchString(pkg + ":" + name) {
+				if !wanted.MatchString(pkg + ":" + name) {
 					continue
 				}
 				reason, parts := skipsOf(s.skips, pkg, name)

@@ -20,6 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -50,6 +51,9 @@ func newTree(ctx context.Context, dir string, packages []string, kvd bool) (*tre
 		return nil, err
 	}
 	if err := t.choosePorts(); err != nil {
+		return nil, err
+	}
+	if err := t.tag(); err != nil {
 		return nil, err
 	}
 	if kvd {
@@ -123,6 +127,37 @@ func basePort() int {
 }
 `
 	return os.WriteFile(filepath.Join(t.dir, "framework", "e2e", "ports.go"), []byte(basePort), 0o644)
+}
+
+// tagged are the packages of which there is a second one, whose keys have a {tag}.
+var tagged = []string{"integration/clientv3/concurrency", "integration/clientv3/experimental/recipes"}
+
+// names are what the keys of these packages begin with.
+var names = regexp.MustCompile(`"(/?)(accts|my-election|my-lock|prq|q|resume-election|test-barrier|test-mutex|test-rwmutex|testprq|testq)\b`)
+
+// tag makes the second packages. A lock, an election or a transaction is of one shard, which keys choose by a {tag}.
+func (t *tree) tag() error {
+	for _, pkg := range tagged {
+		from := filepath.Join(t.dir, filepath.FromSlash(pkg))
+		to := from + "tagged"
+		if err := os.CopyFS(to, os.DirFS(from)); err != nil {
+			return err
+		}
+		files, err := filepath.Glob(filepath.Join(to, "*.go"))
+		if err != nil {
+			return err
+		}
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				return err
+			}
+			if err := os.WriteFile(file, names.ReplaceAll(text, []byte(`"${1}{${2}}`)), 0o644); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // replaced are the functions of etcd's framework that testdata/framework/members.go has in their place.
