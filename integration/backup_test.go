@@ -1,12 +1,14 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"kvd/integration/cluster"
@@ -28,6 +30,12 @@ func TestBackupMovesBetweenShapes(t *testing.T) {
 			old = resp.Header.Revision
 		}
 	}
+	lease, err := cl.Grant(liveness(t), 3600)
+	must(t, err)
+	for i := range 20 {
+		_, err := cl.Put(liveness(t), fmt.Sprintf("leased/%02d", i), "x", clientv3.WithLease(lease.ID))
+		must(t, err)
+	}
 	backup := filepath.Join(t.TempDir(), "backup.kvd")
 	stop := make(chan struct{})
 	done := make(chan int)
@@ -45,7 +53,7 @@ func TestBackupMovesBetweenShapes(t *testing.T) {
 			}
 		}
 	}()
-	_, err := source.Run(liveness(t), "n1", "snapshot", "save", backup, "--command-timeout", "60s")
+	_, err = source.Run(liveness(t), "n1", "snapshot", "save", backup, "--command-timeout", "60s")
 	close(stop)
 	written := <-done
 	must(t, err)
@@ -85,10 +93,36 @@ func TestBackupMovesBetweenShapes(t *testing.T) {
 			if next.Header.Revision <= sequence.Header.Revision || next.Header.Revision <= past.Kvs[0].ModRevision {
 				t.Errorf("the first write has revision %d, the backup %d", next.Header.Revision, sequence.Header.Revision)
 			}
+			checkRestoredLease(t, cl, lease.ID)
 			t.Logf("restored %d keys, %d of a sequence of which %d were written by the end of the backup", len(data), len(sequence.Kvs), written)
 		})
 	}
 	if info, err := os.Stat(backup); err != nil || info.Size() == 0 {
 		t.Error(info, err)
+	}
+}
+
+// checkRestoredLease finds 20 keys attached to a lease, attaches another, and ends it with all of them.
+func checkRestoredLease(t *testing.T, cl *clientv3.Client, id clientv3.LeaseID) {
+	t.Helper()
+	_, err := cl.KeepAliveOnce(liveness(t), id)
+	must(t, err)
+	_, err = cl.Put(liveness(t), "leased/later", "x", clientv3.WithLease(id))
+	must(t, err)
+	info, err := cl.TimeToLive(liveness(t), id, clientv3.WithAttachedKeys())
+	must(t, err)
+	if info.GrantedTTL != 3600 || len(info.Keys) != 21 {
+		t.Errorf("restored a lease of %d s with the keys %q", info.GrantedTTL, info.Keys)
+	}
+	_, err = cl.Revoke(liveness(t), id)
+	must(t, err)
+	left, err := cl.Get(liveness(t), "leased/", clientv3.WithPrefix())
+	must(t, err)
+	if left.Count != 0 {
+		t.Errorf("%d keys have outlived their lease: %v", left.Count, left.Kvs)
+	}
+	_, err = cl.Put(liveness(t), "leased/never", "x", clientv3.WithLease(id))
+	if !errors.Is(err, rpctypes.ErrLeaseNotFound) {
+		t.Errorf("a put with a lease that was revoked: %v", err)
 	}
 }
