@@ -13,6 +13,8 @@ type metrics struct {
 	calls                                     *callMetrics
 	forwardedWrites, forwardedReads, cuts     prometheus.Counter
 	polls, resolutions                        prometheus.Counter
+	watchStreams, watches                     prometheus.Gauge
+	watchEvents, watchesStalled               prometheus.Counter
 	readRounds, retries                       prometheus.Counter
 	serializable, shed, unknown, panics, slow prometheus.Counter
 	leasesExpired, leasesRenewed              prometheus.Counter
@@ -26,6 +28,15 @@ func newMetrics(registerer prometheus.Registerer) (*metrics, error) {
 		m.collectors = append(m.collectors, c)
 		return c
 	}
+	gauge := func(name, help string) prometheus.Gauge {
+		g := prometheus.NewGauge(prometheus.GaugeOpts{Name: "kvd_server_" + name, Help: help})
+		m.collectors = append(m.collectors, g)
+		return g
+	}
+	m.watchStreams = gauge("watch_streams", "Streams of watches that clients have open.")
+	m.watches = gauge("watches", "Watches of all streams.")
+	m.watchEvents = counter("watch_events_sent_total", "Events sent to clients, once for each watch.")
+	m.watchesStalled = counter("watch_streams_stalled_total", "Streams of watches that ended because their client did not read them.")
 	m.forwardedWrites = counter("forwarded_writes_total", "Writes sent to the leader's node, retries included.")
 	m.forwardedReads = counter("forwarded_reads_total", "Pages of ranges, and transactions that read, asked of other nodes.")
 	m.cuts = counter("snapshot_rounds_total", "Revisions at which all shards were asked to be complete; each serves all reads that waited for it.")

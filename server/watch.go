@@ -70,7 +70,11 @@ func (s *watch) Watch(stream pb.Watch_WatchServer) error {
 		s.streams.Add(-1)
 		return errTooManyStreams
 	}
-	defer s.streams.Add(-1)
+	s.router.metrics.watchStreams.Inc()
+	defer func() {
+		s.router.metrics.watchStreams.Dec()
+		s.streams.Add(-1)
+	}()
 	ctx, cancel := context.WithCancel(stream.Context())
 	defer cancel()
 	one := newWatchStream(s, stream)
@@ -150,6 +154,7 @@ func (s *watch) take(cost int64) error {
 		s.watches.Add(-1)
 		return fmt.Errorf("kvd: this node serves as many watches as it may: %d", cfg.MaxWatches)
 	}
+	s.router.metrics.watches.Inc()
 	if s.keyBytes.Add(cost) > watchKeyBytes {
 		s.give(1, cost)
 		return fmt.Errorf("kvd: the keys of the watches that this node serves take as much memory as they may: %d bytes", watchKeyBytes)
@@ -159,6 +164,7 @@ func (s *watch) take(cost int64) error {
 
 func (s *watch) give(watches, cost int64) {
 	s.watches.Add(-watches)
+	s.router.metrics.watches.Sub(float64(watches))
 	s.keyBytes.Add(-cost)
 }
 

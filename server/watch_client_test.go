@@ -315,7 +315,9 @@ func TestProgressUnderWrites(t *testing.T) {
 	if why := lost(t, faults{}); why != "" {
 		t.Fatal(why)
 	}
-	if why := lost(t, faults{progressAhead: true}); why == "" {
-		t.Fatal("the planted fault was not noticed")
+	for _, planted := range []faults{{progressAhead: true}, {earlyProgress: true}} {
+		if why := lost(t, planted); why == "" {
+			t.Fatalf("the planted fault was not noticed: %+v", planted)
+		}
 	}
 }

@@ -112,6 +112,7 @@ func (w *watchStream) events(ctx context.Context, one *watched, events []*mvccpb
 		if err := w.part(one, part, size, at); err != nil {
 			return err
 		}
+		w.service.router.metrics.watchEvents.Add(float64(len(part)))
 		one.told, one.toldOfChanges = max(one.told, at), true
 	}
 	return nil

@@ -74,7 +74,10 @@ func newWatchStream(s *watch, stream pb.Watch_WatchServer) *watchStream {
 		service: s, stream: stream, work: make(chan func() error), ended: make(chan error, 1),
 		byID: make(map[int64]*watched), open: make(map[int64]*watched), byNumber: make(map[int64]*watched),
 	}
-	w.stall = time.AfterFunc(time.Hour, func() { w.end(errStalled) })
+	w.stall = time.AfterFunc(time.Hour, func() {
+		s.router.metrics.watchesStalled.Inc()
+		w.end(errStalled)
+	})
 	w.stall.Stop()
 	return w
 }
