@@ -43,7 +43,7 @@ func benchWatch(b *testing.B, watches, keys, feedCount int, ends []byte) {
 	before := heapBytes()
 	feeds := make([]*Feed, feedCount)
 	for i := range feeds {
-		feeds[i] = s.NewFeed(64 << 20)
+		feeds[i] = s.NewFeed(1 << 30)
 	}
 	for i := range watches {
 		key := benchKey(i % keys)
