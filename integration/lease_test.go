@@ -19,8 +19,10 @@ import (
 // is not ends. Many leases at a time are at home in many shards, so that the victim leads some of them.
 
 func inBothStrategies(t *testing.T, test func(t *testing.T, c *cluster.Cluster)) {
-	t.Run("full", func(t *testing.T) { test(t, cluster.Run(t, cluster.Config{Nodes: 3, Args: quick})) })
-	t.Run("consistent", func(t *testing.T) { test(t, cluster.Run(t, sharded(3, 8, 2, quick...))) })
+	for name, config := range map[string]cluster.Config{"full": {Nodes: 3, Args: quick}, "consistent": sharded(3, 8, 2, quick...)} {
+		config.Links = true
+		t.Run(name, func(t *testing.T) { test(t, cluster.Run(t, config)) })
+	}
 }
 
 const (
@@ -166,6 +168,23 @@ func TestLeasesOutliveAPause(t *testing.T) {
 		must(t, c.Node(victim).Pause())
 		watchOver(t, c, survivor, all, leaseTTL+time.Second)
 		must(t, c.Node(victim).Resume())
+		watchOver(t, c, victim, all, 2*time.Second)
+		stop()
+		awaitTheEnd(t, c, victim, all)
+	})
+}
+
+// A leader that is cut off, and does not notice at once, neither renews leases nor ends them.
+func TestLeasesOutliveAPartition(t *testing.T) {
+	inBothStrategies(t, func(t *testing.T, c *cluster.Cluster) {
+		all, stop := hold(t, c)
+		victim := leader(t, c)
+		for _, other := range others(c, victim) {
+			c.Link(victim, other).Freeze()
+			c.Link(other, victim).Freeze()
+		}
+		watchOver(t, c, others(c, victim)[0], all, leaseTTL+time.Second)
+		c.HealAll()
 		watchOver(t, c, victim, all, 2*time.Second)
 		stop()
 		awaitTheEnd(t, c, victim, all)
