@@ -41,7 +41,7 @@ func (g *reign) expire() {
 func (g *reign) revoke(due lessor.Lease) {
 	err := g.decide(due)
 	switch {
-	case err == nil && g.router.sharded:
+	case err == nil:
 		_, err = g.finish(g.ctx, due.ID, due.Incarnation)
 	case errors.Is(err, fsm.ErrLeaseNotFound): // somebody else was first
 		err = nil
@@ -57,14 +57,32 @@ func (g *reign) revoke(due lessor.Lease) {
 	}
 }
 
-// decide puts the end of a lease into the log. From then on it is revoked, whoever leads.
+// decide puts the end of a lease into the log. From then on it is revoked, whoever leads. A lease that has keys in no
+// other group is gone then.
 func (g *reign) decide(due lessor.Lease) error {
-	switch {
-	case g.router.sharded && due.Ending:
+	if due.Ending {
 		return nil
-	case g.router.sharded:
-		return g.propose(g.ctx, fsm.LeaseCommand{Kind: fsm.LeaseEnd, ID: due.ID, Incarnation: due.Incarnation, Term: g.guard()}.Request())
 	}
+	if !g.router.sharded || !g.hasGuests(due.ID) {
+		err := g.revokeAtOnce(due)
+		if !g.router.sharded || !errors.Is(err, fsm.ErrLeaseStale) { // else it has got guests
+			return err
+		}
+	}
+	return g.propose(g.ctx, fsm.LeaseCommand{Kind: fsm.LeaseEnd, ID: due.ID, Incarnation: due.Incarnation, Term: g.guard()}.Request())
+}
+
+func (g *reign) hasGuests(id int64) bool {
+	state, release, err := g.replica.AcquireState(g.ctx, 0)
+	if err != nil {
+		return true
+	}
+	defer release()
+	info, _ := state.Lease(id)
+	return len(info.Groups) > 0
+}
+
+func (g *reign) revokeAtOnce(due lessor.Lease) error {
 	return g.proposeRaft(g.ctx, &pb.InternalRaftRequest{
 		Header:      &pb.RequestHeader{ID: g.guard(), AuthRevision: uint64(due.Incarnation)},
 		LeaseRevoke: &pb.LeaseRevokeRequest{ID: due.ID},
