@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"kvd/fsm"
+	"time"
 )
 
 // watches follows keys for one client's stream, wherever their groups are. All
@@ -346,20 +347,32 @@ func (w *watches) progress(ctx context.Context) (revision int64, err error) {
 	}
 }
 
+// leaderPatience is how long progress waits for a leader to say what has been
+// written.
+const leaderPatience = time.Second
+
+// completeAlone is the newest revision of the one group. What a client was told
+// of before it asked counts, as in etcd, where a node answers a write when it has
+// it itself. Without a leader it is what this node has.
+func (w *watches) completeAlone(ctx context.Context) (int64, map[uint64]gate, error) {
+	soon, cancel := context.WithTimeout(ctx, leaderPatience)
+	defer cancel()
+	state, release, err := w.router.acquire(soon, userGroup, false)
+	if err != nil {
+		state, release, err = w.router.acquire(ctx, userGroup, true)
+	}
+	if err != nil {
+		return 0, nil, err
+	}
+	defer release()
+	return state.Revision(fsm.User), map[uint64]gate{userGroup: {group: userGroup}}, nil
+}
+
 // complete is the newest revision, and where the groups that are followed are
 // complete at it.
 func (w *watches) complete(ctx context.Context) (int64, map[uint64]gate, error) {
 	if !w.router.sharded {
-		replica := w.router.cfg.Replica(userGroup)
-		if replica == nil {
-			return 0, nil, errNoReplica
-		}
-		state, release, err := replica.AcquireState(ctx, 0)
-		if err != nil {
-			return 0, nil, err
-		}
-		defer release()
-		return state.Revision(fsm.User), map[uint64]gate{userGroup: {group: userGroup}}, nil
+		return w.completeAlone(ctx)
 	}
 	revision, err := w.router.cfg.Revisions.Latest(ctx)
 	if err != nil {
