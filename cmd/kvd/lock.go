@@ -15,7 +15,7 @@ import (
 )
 
 // errLost: what was held belongs to others now, or soon will.
-var errLost = errors.New("lost")
+var errLost = errors.New("was lost")
 
 func newLockCommand(client *clientOptions) *cobra.Command {
 	var o holdOptions
