@@ -378,7 +378,7 @@ func TestTransactionsAcrossShards(t *testing.T) {
 		"two branches":         {&pb.TxnRequest{Success: []*pb.RequestOp{put(a)}, Failure: []*pb.RequestOp{put(b)}}, "is in shard 3"},
 		"a compare":            {&pb.TxnRequest{Compare: exists(b), Success: []*pb.RequestOp{put(a)}}, "is in shard 3"},
 		"a read":               {&pb.TxnRequest{Success: []*pb.RequestOp{get(a, ""), get(b, "")}}, "is in shard 3"},
-		"a deletion":           {&pb.TxnRequest{Success: []*pb.RequestOp{get(a, ""), del(b, "")}}, "is in shard 3"},
+		"a deletion":           {&pb.TxnRequest{Success: []*pb.RequestOp{put(a), del(b, "")}}, "is in shard 3"},
 		"a nested one":         {&pb.TxnRequest{Success: []*pb.RequestOp{put(a), nested(nested(put(b)))}}, "is in shard 3"},
 		"a range":              {&pb.TxnRequest{Success: []*pb.RequestOp{get("a", "b")}}, `the range from "a" to "b" has keys in all shards`},
 		"a long key":           {&pb.TxnRequest{Success: []*pb.RequestOp{put(a), put(w.keyIn(4, strings.Repeat("x", 1000)))}}, "..."},

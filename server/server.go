@@ -155,6 +155,7 @@ type faults struct {
 	shardHeader        bool // an answer has the revision of a group
 	progressAhead      bool // a client is told that it has everything before it has
 	retryUnknown       bool // a write of unknown outcome is proposed again
+	readAfterTxn       bool // what a transaction reads in other groups is read at a later revision
 	keepReigns         bool // a leader goes on with the leases' time of an earlier term, whenever it leads
 	renewUnconfirmed   bool // leases are renewed by whoever thinks to lead
 	keepCheckpoints    bool // a renewal leaves the checkpoint in the table
