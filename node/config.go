@@ -80,6 +80,9 @@ type Config struct {
 	// RaftLog is RaftLogShared or RaftLogBolt; empty: what the data directory
 	// has, DefaultRaftLog for a new one.
 	RaftLog string
+	// WatchProgressInterval is how often watches that want it and see no events
+	// are told how far they are; server's default.
+	WatchProgressInterval time.Duration
 	// GRPCServer is GRPCServerKVD, the default, or GRPCServerGo.
 	GRPCServer string
 
@@ -169,6 +172,8 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("--heartbeat-timeout: %v is below 10ms", c.HeartbeatTimeout)
 	case c.ElectionTimeout < c.HeartbeatTimeout:
 		return fmt.Errorf("--election-timeout: %v is below --heartbeat-timeout %v", c.ElectionTimeout, c.HeartbeatTimeout)
+	case c.WatchProgressInterval < 0:
+		return errors.New("--watch-progress-notify-interval: must not be negative")
 	case c.SnapshotBytes < 0:
 		return errors.New("--snapshot-bytes: must not be negative")
 	case c.TrailingEntries > shard.MaxTrailingEntries:

@@ -171,8 +171,11 @@ func (n *Node) connect(l *listeners) error {
 		MinLeaseTTL:  minLeaseTTL(n.cfg.ElectionTimeout),
 		NoSpace:      newDiskGuard(n.log, n.cfg.DataDir, n.freeBytes, n.cfg.MinDiskFree).full,
 		TLS:          clientTLS,
-		OnlyGRPCGo:   n.cfg.GRPCServer == GRPCServerGo,
-		Pprof:        n.cfg.Pprof, Version: n.cfg.Version,
+
+		WatchProgressInterval: n.cfg.WatchProgressInterval,
+
+		OnlyGRPCGo: n.cfg.GRPCServer == GRPCServerGo,
+		Pprof:      n.cfg.Pprof, Version: n.cfg.Version,
 		Logger: n.log, Registerer: n.cfg.Registry, Gatherer: n.cfg.Registry,
 	})
 	if err != nil {

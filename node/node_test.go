@@ -508,19 +508,20 @@ func TestAPortInUseIsReportedByItsFlag(t *testing.T) {
 
 func TestValidateNamesTheFlag(t *testing.T) {
 	for flag, change := range map[string]func(*Config){
-		"--strategy":          func(c *Config) { c.Strategy = "half" },
-		"--name":              func(c *Config) { c.Name = "a/b" },
-		"--listen-client":     func(c *Config) { c.ListenClient = "nowhere" },
-		"--listen-peer":       func(c *Config) { c.ListenPeer = "none" },
-		"--listen-http":       func(c *Config) { c.ListenHTTP = ":" + "x:y" },
-		"--advertise-client":  func(c *Config) { c.AdvertiseClient = "nowhere" },
-		"--advertise-peer":    func(c *Config) { c.AdvertisePeer = "none" },
-		"--grpc-server":       func(c *Config) { c.GRPCServer = "x" },
-		"--heartbeat-timeout": func(c *Config) { c.HeartbeatTimeout = time.Millisecond },
-		"--election-timeout":  func(c *Config) { c.HeartbeatTimeout, c.ElectionTimeout = time.Second, 500*time.Millisecond },
-		"--snapshot-bytes":    func(c *Config) { c.SnapshotBytes = -1 },
-		"--trailing-entries":  func(c *Config) { c.TrailingEntries = 1 << 40 },
-		"--peers":             func(c *Config) { c.Peers = map[string]string{"n2": ""} },
+		"--strategy":                       func(c *Config) { c.Strategy = "half" },
+		"--name":                           func(c *Config) { c.Name = "a/b" },
+		"--listen-client":                  func(c *Config) { c.ListenClient = "nowhere" },
+		"--listen-peer":                    func(c *Config) { c.ListenPeer = "none" },
+		"--listen-http":                    func(c *Config) { c.ListenHTTP = ":" + "x:y" },
+		"--advertise-client":               func(c *Config) { c.AdvertiseClient = "nowhere" },
+		"--advertise-peer":                 func(c *Config) { c.AdvertisePeer = "none" },
+		"--grpc-server":                    func(c *Config) { c.GRPCServer = "x" },
+		"--heartbeat-timeout":              func(c *Config) { c.HeartbeatTimeout = time.Millisecond },
+		"--election-timeout":               func(c *Config) { c.HeartbeatTimeout, c.ElectionTimeout = time.Second, 500*time.Millisecond },
+		"--watch-progress-notify-interval": func(c *Config) { c.WatchProgressInterval = -1 },
+		"--snapshot-bytes":                 func(c *Config) { c.SnapshotBytes = -1 },
+		"--trailing-entries":               func(c *Config) { c.TrailingEntries = 1 << 40 },
+		"--peers":                          func(c *Config) { c.Peers = map[string]string{"n2": ""} },
 	} {
 		var cfg Config
 		change(&cfg)

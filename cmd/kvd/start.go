@@ -40,6 +40,7 @@ type startOptions struct {
 	heartbeatTimeout, electionTimeout time.Duration
 	snapshotEntries, trailingEntries  uint64
 	snapshotBytes                     int64
+	watchProgressInterval             time.Duration
 	raftLog, grpcServer               string
 
 	logLevel, logFormat string
@@ -92,6 +93,7 @@ func (o *startOptions) AddFlags(f *pflag.FlagSet) {
 	f.Int64Var(&o.snapshotBytes, "snapshot-bytes", 0, "log bytes after which the log is truncated (default 256 MiB)")
 	o.addRaftLogFlag(f)
 	f.StringVar(&o.grpcServer, "grpc-server", node.GRPCServerKVD, "kvd = puts, gets, deletions and transactions are served by kvd's own gRPC server, which needs less CPU; grpc-go = nothing is")
+	f.DurationVar(&o.watchProgressInterval, "watch-progress-notify-interval", 0, "how often watches that want it and see no events are told how far they are (default 10m)")
 	f.Uint64Var(&o.trailingEntries, "trailing-entries", 0, "log entries kept for nodes that lag (default 5000)")
 }
 
@@ -206,7 +208,7 @@ func (o *startOptions) nodeConfig() (node.Config, error) {
 		Pprof: o.pprof, Version: version,
 		HeartbeatTimeout: o.heartbeatTimeout, ElectionTimeout: o.electionTimeout,
 		SnapshotEntries: o.snapshotEntries, SnapshotBytes: o.snapshotBytes, TrailingEntries: o.trailingEntries,
-		RaftLog: o.raftLog, GRPCServer: o.grpcServer,
+		WatchProgressInterval: o.watchProgressInterval, RaftLog: o.raftLog, GRPCServer: o.grpcServer,
 	}
 	completeAddresses(&cfg)
 	if err := checkAdvertised(&cfg); err != nil {

@@ -181,6 +181,9 @@ func (m *Member) flags(n *node) []string {
 		"--listen-client", n.client, "--listen-peer", n.peer, "--listen-http", "none",
 		"--snapshot-entries", fmt.Sprint(m.SnapshotCount), "--trailing-entries", fmt.Sprint(m.SnapshotCatchUpEntries),
 	}
+	if m.WatchProgressNotifyInterval != 0 {
+		flags = append(flags, "--watch-progress-notify-interval", m.WatchProgressNotifyInterval.String())
+	}
 	flags = append(flags, tlsFlags("", m.ClientTLSInfo)...)
 	flags = append(flags, tlsFlags("peer-", m.PeerTLSInfo)...)
 	if m.ClientTLSInfo != nil && m.ClientTLSInfo.ClientCertAuth {
@@ -354,7 +357,7 @@ func NewCluster(t testutil.TB, cfg *ClusterConfig) *Cluster {
 	t.Helper()
 	for setting, set := range map[string]bool{
 		"a quota": cfg.QuotaBackendBytes != 0, "a limit of operations in a transaction": cfg.MaxTxnOps != 0,
-		"a limit of a request's size":        cfg.MaxRequestBytes != 0 && cfg.MaxRequestBytes != 1.5*1024*1024,
+		"a limit of a request's size":        cfg.MaxRequestBytes != 0,
 		"discovery":                          cfg.DiscoveryURL != "",
 		"tokens for authentication":          cfg.AuthToken != "",
 		"options of its gRPC server":         len(cfg.GRPCAdditionalServerOptions) != 0,
