@@ -48,6 +48,7 @@ type batch struct {
 	applied    uint64         // everything of the entries up to it has been taken, if live
 	revision   int64          // and everything up to this revision
 	live       bool
+	leads      bool            // the replica that it is of does
 	least      int64           // applied has no later revision; if not live
 	next       map[int64]int64 // what merged watches go on from; if not live
 }

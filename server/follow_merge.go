@@ -17,7 +17,7 @@ const (
 	// one's transaction.
 	mergeBytes = 1 << 20
 	// resolveInterval is the least time between two questions whether groups are
-	// complete.
+	// complete; it is longer if the answer takes longer.
 	resolveInterval = 10 * time.Millisecond
 )
 
@@ -160,6 +160,7 @@ func (w *watches) resolve() {
 			}
 			continue
 		}
+		began := time.Now()
 		gates, err := w.router.resolver.resolve(w.ctx, at, groups)
 		if err != nil {
 			if !a.again(w.ctx, nil, err) {
@@ -169,12 +170,12 @@ func (w *watches) resolve() {
 		}
 		a = attempts{router: w.router}
 		w.aim(at, gates)
-		w.rest()
+		w.rest(max(resolveInterval, time.Since(began)))
 	}
 }
 
-func (w *watches) rest() {
-	timer := time.NewTimer(resolveInterval)
+func (w *watches) rest(d time.Duration) {
+	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
 	case <-timer.C:

@@ -68,6 +68,7 @@ const (
 
 	flagPrevKV = 1 << 0
 	flagLive   = 1 << 0
+	flagLeads  = 1 << 1
 )
 
 // poll asks a node once, and delivers what it answers.
@@ -110,8 +111,8 @@ func (y *relay) poll(a *attempts) error {
 		y.node = ""
 		return errBehind
 	}
-	if len(b.deliveries) == 0 && q.wait > 0 && !interrupted && !hurried {
-		y.node = "" // nothing has happened there for long: maybe it does not hear of it
+	if len(b.deliveries) == 0 && q.wait > 0 && !interrupted && !hurried && !b.leads {
+		y.node = "" // nothing has happened there for long: maybe it does not hear of it, or late
 	}
 	if y.short > 0 && len(b.deliveries) == 0 {
 		y.short--
@@ -134,6 +135,9 @@ func (y *relay) choose(a *attempts) string {
 		return y.node
 	}
 	y.turn++
+	if a.n == 0 && y.turn%2 == 1 {
+		return r.guess(y.group, y.turn) // who leads knows first
+	}
 	return r.dataNode(y.group, y.turn)
 }
 
@@ -318,6 +322,7 @@ func (r *router) handleWatchPoll(ctx context.Context, _ string, payload []byte) 
 	if err != nil {
 		return r.declineRead(q.group, replica, err), nil
 	}
+	b.leads = replica.Leader().Self
 	return b.encode()
 }
 
@@ -484,6 +489,9 @@ func (b *batch) encode() ([]byte, error) {
 	if b.live {
 		reply[answerHeader] |= flagLive
 	}
+	if b.leads {
+		reply[answerHeader] |= flagLeads
+	}
 	reply = binary.BigEndian.AppendUint64(reply, b.applied)
 	reply = binary.BigEndian.AppendUint64(reply, uint64(b.revision))
 	for i := range b.deliveries {
@@ -505,7 +513,7 @@ func (q *question) decode(body []byte) (*batch, error) {
 		return nil, errBadAnswer
 	}
 	b := &batch{
-		live:    body[0]&flagLive != 0,
+		live: body[0]&flagLive != 0, leads: body[0]&flagLeads != 0,
 		applied: binary.BigEndian.Uint64(body[1:]), revision: int64(binary.BigEndian.Uint64(body[9:])),
 	}
 	next := make(map[int64]int64)
