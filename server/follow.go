@@ -82,7 +82,7 @@ type part struct {
 
 	waiting []*mvccpb.Event // merged: taken, and not delivered
 	bytes   int             // of waiting
-	paused  bool            // too much waits: the source must not have it
+	paused  bool            // too much waits, or the watch ends: the source must not have it
 }
 
 const (

@@ -522,7 +522,10 @@ func (f *groupFollower) whole(d *fsm.Delivery) (*part, []*mvccpb.Event) {
 		return nil, nil
 	}
 	events := d.Events
-	if len(p.begun) > 0 {
+	switch {
+	case d.Compacted > 0: // the rest of what has begun does not come
+		events = nil
+	case len(p.begun) > 0:
 		events = append(p.begun, events...)
 	}
 	p.begun = nil
@@ -531,8 +534,7 @@ func (f *groupFollower) whole(d *fsm.Delivery) (*part, []*mvccpb.Event) {
 	}
 	if p.begun = events; d.Next == 0 || sizeOfEvents(events) > maxTransactionBytes {
 		p.of.ends = &watchDelivery{err: errTransaction}
-		p.begun = nil
-		f.withdraw(p)
+		f.stop(p)
 		if !p.of.merged {
 			return p, nil
 		}
@@ -569,20 +571,27 @@ func (f *groupFollower) keep(p *part, d *fsm.Delivery, events []*mvccpb.Event) {
 	if p.of.ended {
 		return
 	}
-	if d.Compacted > 0 {
+	if d.Compacted > 0 { // nothing that comes after it is resolved
 		p.of.ends = &watchDelivery{compacted: d.Compacted}
+		f.stop(p)
+		return
 	}
 	p.waiting = append(p.waiting, events...)
 	p.bytes += sizeOfEvents(events)
 	p.next = max(p.next, d.Next)
 	if p.bytes > f.w.partBytes() {
-		p.paused = true
-		f.withdraw(p)
+		f.stop(p)
 	}
 	signalOnce(f.w.asks)
 }
 
-// resume follows a part again that was paused. w.mu is held.
+// stop takes no more of a part. w.mu is held.
+func (f *groupFollower) stop(p *part) {
+	p.paused = true
+	f.withdraw(p)
+}
+
+// resume follows a part again that was stopped. w.mu is held.
 func (f *groupFollower) resume(p *part) {
 	p.paused = false
 	f.missing(p)

@@ -141,7 +141,7 @@ func (w *watches) delivered(f *followed, events []*mvccpb.Event) {
 		if p.waiting = p.waiting[n:]; len(p.waiting) == 0 {
 			p.waiting = nil
 		}
-		if p.paused && p.bytes <= w.partBytes()/2 {
+		if p.paused && f.ends == nil && p.bytes <= w.partBytes()/2 {
 			p.follower.resume(p)
 		}
 	}

@@ -461,6 +461,8 @@ func (s *pollSource) takeWhole(ctx context.Context) (out []fsm.Delivery, err err
 			}
 			delete(open, d.ID)
 			switch {
+			case d.Compacted > 0: // the rest of what has begun does not come
+				out[i].Events = nil
 			case d.More && sizeOfEvents(out[i].Events) > maxTransactionBytes:
 				s.feed.Cancel(d.ID)
 				cancelled[d.ID] = true

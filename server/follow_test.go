@@ -29,22 +29,17 @@ func (w *world) changes() []*mvccpb.Event {
 	for _, group := range w.groups {
 		s := w.shards[group]
 		store := openShardStore(w.t, group)
-		for i, entry := range s.log {
-			if _, err := store.Apply(uint64(i)+1, entry.term, entry.data); err != nil {
-				w.t.Fatal(err)
-			}
-		}
 		feed := store.NewFeed(1 << 30)
 		if err := feed.Watch(1, []byte{0}, []byte{0}, 1); err != nil {
 			w.t.Fatal(err)
 		}
-		for {
+		for i, entry := range s.log {
+			if _, err := store.Apply(uint64(i)+1, entry.term, entry.data); err != nil {
+				w.t.Fatal(err)
+			}
 			taken, err := feed.Take(w.t.Context(), 1<<20)
 			if err != nil {
 				w.t.Fatal(err)
-			}
-			if len(taken) == 0 {
-				break
 			}
 			for _, d := range taken {
 				all = append(all, d.Events...)
@@ -86,7 +81,8 @@ type observer struct {
 	next   int64 // where it goes on
 	told   []told
 	wrong  error
-	ended  *watchDelivery
+	holes  [][2]int64 // revisions that were compacted before it got them
+	ended  bool       // the present watch
 }
 
 // told: when it was told of a progress, it had got so many events.
@@ -98,8 +94,14 @@ type told struct {
 func (o *observer) deliver(d watchDelivery) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if d.compacted > 0 || d.err != nil {
-		o.ended = &d
+	switch {
+	case d.err != nil:
+		o.wrong = cmp.Or(o.wrong, d.err)
+	case d.compacted > 0 && d.compacted <= o.next:
+		o.wrong = cmp.Or(o.wrong, fmt.Errorf("compacted up to %d when it needs %d", d.compacted, o.next))
+	case d.compacted > 0:
+		o.holes = append(o.holes, [2]int64{o.next, d.compacted})
+		o.next, o.ended = d.compacted, true
 		return
 	}
 	for i, e := range d.events {
@@ -122,7 +124,10 @@ func (o *observer) begins(w *watches) error {
 	s := o.spec
 	if o.began {
 		s.from = o.next
+	} else if s.from > 0 {
+		o.began, o.next = true, s.from
 	}
+	o.ended = false
 	o.mu.Unlock()
 	revision, err := w.add(o.id, s)
 	if err != nil {
@@ -132,9 +137,7 @@ func (o *observer) begins(w *watches) error {
 	defer o.mu.Unlock()
 	if !o.began {
 		o.began = true
-		if o.spec.from == 0 {
-			o.spec.from = revision + 1
-		}
+		o.spec.from = revision + 1
 		o.next = max(o.next, o.spec.from)
 	}
 	return nil
@@ -143,24 +146,29 @@ func (o *observer) begins(w *watches) error {
 func (o *observer) progressed(revision int64) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.told = append(o.told, told{revision, len(o.events)})
-	o.next = max(o.next, revision+1)
+	if !o.ended {
+		o.told = append(o.told, told{revision, len(o.events)})
+		o.next = max(o.next, revision+1)
+	}
 }
 
 // check holds all that was seen against the history.
 func (o *observer) check(history []*mvccpb.Event, upTo int64) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	want := o.spec.of(history, upTo)
-	if o.wrong != nil || o.ended != nil {
-		return fmt.Errorf("watch %d of %q: %w, %v", o.id, o.spec.key, o.wrong, o.ended)
+	want := o.wanted(history, upTo)
+	if o.wrong != nil {
+		return fmt.Errorf("watch %d of %q: %w", o.id, o.spec.key, o.wrong)
 	}
 	for _, t := range o.told {
-		if n := len(o.spec.of(history, t.revision)); n > t.events {
+		if n := len(o.wanted(history, t.revision)); n > t.events {
 			return fmt.Errorf("watch %d of %q from %d: progress at %d when it had got %d events of %d; %d in the end of %d", o.id, o.spec.key, o.spec.from, t.revision, t.events, n, len(o.events), len(want))
 		}
 	}
 	for i, e := range want {
+		if i < len(o.events) && len(o.holes) > 0 && o.events[i].PrevKv == nil {
+			e.PrevKv = nil // compacted
+		}
 		if i == len(o.events) || !proto.Equal(e, o.events[i]) {
 			got := "nothing"
 			if i < len(o.events) {
@@ -173,6 +181,12 @@ func (o *observer) check(history []*mvccpb.Event, upTo int64) error {
 		return fmt.Errorf("watch %d of %q: %d events, want %d", o.id, o.spec.key, len(o.events), len(want))
 	}
 	return nil
+}
+
+func (o *observer) wanted(history []*mvccpb.Event, upTo int64) []*mvccpb.Event {
+	return slices.DeleteFunc(o.spec.of(history, upTo), func(e *mvccpb.Event) bool {
+		return slices.ContainsFunc(o.holes, func(hole [2]int64) bool { return hole[0] <= e.Kv.ModRevision && e.Kv.ModRevision < hole[1] })
+	})
 }
 
 // audience is a client with some watches.
@@ -255,11 +269,24 @@ func (a *audience) finish(ctx context.Context) (int64, error) {
 	}
 	defer a.stream.close()
 	for range 20 {
-		if revision, err := a.progress(ctx); err == nil {
+		if revision, err := a.progress(ctx); err == nil && !a.again() {
 			return revision, nil
 		}
 	}
 	return 0, errors.New("no progress")
+}
+
+// again begins the watches again that have ended.
+func (a *audience) again() (any bool) {
+	for _, o := range a.observers {
+		o.mu.Lock()
+		ended := o.ended
+		o.mu.Unlock()
+		if ended {
+			any = o.begins(a.stream) == nil || any
+		}
+	}
+	return any
 }
 
 // replace gives a replica another state, as the installation of a snapshot does,
@@ -331,7 +358,7 @@ func (w *world) heal() {
 
 // watchAtRandom writes, disturbs, and holds what clients see against the
 // history.
-func watchAtRandom(t *testing.T, seed uint64, plant func(*faults)) error {
+func watchAtRandom(t *testing.T, seed uint64, compact bool, plant func(*faults)) error {
 	g := rand.New(rand.NewPCG(seed, 0))
 	w := newWorld(t, 5, 6, 2, func(c *Config) {
 		if plant != nil {
@@ -349,7 +376,7 @@ func watchAtRandom(t *testing.T, seed uint64, plant func(*faults)) error {
 				w.mu.Lock()
 				r := mine.write() // it looks at the newest revision
 				w.mu.Unlock()
-				if r.Compaction == nil {
+				if r.Compaction == nil || compact {
 					within, cancel := context.WithTimeout(ctx, time.Second)
 					_, _ = w.do(within, w.anyKV(mine.Rand), r) // some fail, or are lost
 					cancel()
@@ -417,7 +444,7 @@ func TestWatchesSeeEveryChangeOnce(t *testing.T) {
 		seed := first + i
 		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				if err := watchAtRandom(t, seed, nil); err != nil {
+				if err := watchAtRandom(t, seed, i%2 == 1, nil); err != nil {
 					t.Fatal(err)
 				}
 			})
@@ -436,7 +463,7 @@ func TestWatchTestsSeeFaults(t *testing.T) {
 			first := rand.Uint64()
 			for i := range uint64(12) {
 				var err error
-				synctest.Test(t, func(t *testing.T) { err = watchAtRandom(t, first+i, plant) })
+				synctest.Test(t, func(t *testing.T) { err = watchAtRandom(t, first+i, false, plant) })
 				if err != nil {
 					return
 				}
