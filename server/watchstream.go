@@ -168,6 +168,7 @@ func (w *watchStream) create(ctx context.Context, r *pb.WatchCreateRequest) erro
 	var compacted *fsm.CompactedError
 	if isCompacted := errors.As(err, &compacted); err != nil && !isCompacted {
 		w.forget(one)
+		close(one.announced) // for what may have been delivered
 		if mayFareBetter(err) {
 			return err
 		}
