@@ -22,6 +22,8 @@ func violation(importer, imported string) string {
 	switch {
 	case !known1 || !known2:
 		return "a folder that docs/design.md does not name"
+	case importer == "kvd/server/lessor":
+		return "it is pure"
 	case from == to:
 		return ""
 	case below >= above:
@@ -60,7 +62,7 @@ func TestImportsRunOneWay(t *testing.T) {
 }
 
 func TestAnUpwardImportIsSeen(t *testing.T) {
-	for _, pair := range [][2]string{{"kvd/fsm", "kvd/shard"}, {"kvd/transport", "kvd/fsm"}, {"kvd/server", "kvd/placement"}, {"kvd/unheard/of", "kvd/fsm"}} {
+	for _, pair := range [][2]string{{"kvd/fsm", "kvd/shard"}, {"kvd/transport", "kvd/fsm"}, {"kvd/server", "kvd/placement"}, {"kvd/unheard/of", "kvd/fsm"}, {"kvd/server/lessor", "kvd/server"}} {
 		if violation(pair[0], pair[1]) == "" {
 			t.Errorf("%s importing %s passed", pair[0], pair[1])
 		}
