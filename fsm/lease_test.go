@@ -2,14 +2,17 @@ package fsm
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"go.etcd.io/bbolt"
@@ -683,6 +686,73 @@ func TestInstalledStatesHaveTheLeases(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// Whoever looks at leases beside apply and flushes sees keys of them that were there, and misses no change.
+func TestLeasesAreReadBesideApply(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	c := newCluster(seed)
+	c.model.maxDrops = rememberedDrops
+	for range 400 {
+		c.grow(t)
+	}
+	s := c.open(t, testConfig(tempPath(t)))
+	ctx, cancel := context.WithCancel(t.Context())
+	var readers sync.WaitGroup
+	readers.Go(func() {
+		for ctx.Err() == nil {
+			for _, l := range s.Leases() {
+				if keys := s.LeaseKeys(l.ID, 0); !slices.IsSortedFunc(keys, bytes.Compare) {
+					t.Errorf("keys of %d: %q", l.ID, keys)
+				}
+			}
+			_, _, _ = s.HomeLeases(math.MinInt64, 2)
+		}
+	})
+	known := map[int64]LeaseInfo{}
+	readers.Go(func() {
+		for since := uint64(0); ; {
+			notified, done := s.LeaseNotify(), ctx.Err() != nil
+			ids, next, all := s.LeaseChanges(since)
+			if since = next; all {
+				clear(known)
+				for _, l := range s.Leases() {
+					ids = append(ids, l.ID)
+				}
+			}
+			for _, id := range ids {
+				if l, ok := s.Lease(id); ok {
+					l.Keys = 0
+					known[id] = l
+				} else {
+					delete(known, id)
+				}
+			}
+			if done {
+				return
+			}
+			select {
+			case <-notified:
+			case <-ctx.Done():
+			}
+		}
+	})
+	c.follow(t, s, 0, len(c.log))
+	cancel()
+	readers.Wait()
+	c.sameLeases(t, s)
+	for _, l := range s.Leases() {
+		if l.Keys = 0; !reflect.DeepEqual(known[l.ID], l) {
+			t.Errorf("%+v is known as %+v", l, known[l.ID])
+		}
+	}
+	if len(known) != len(s.Leases()) {
+		t.Errorf("%d leases are known of %d", len(known), len(s.Leases()))
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
 }
 
 // A flush that fails, or a crash before it, loses changes of leases and of keys together.
