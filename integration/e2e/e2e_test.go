@@ -23,7 +23,7 @@ import (
 )
 
 var (
-	jobsFlag = flag.Int("jobs", 4, "tests of etcd that run beside each other; they mostly wait")
+	jobsFlag = flag.Int("jobs", 5, "tests of etcd that run beside each other; they mostly wait")
 	allFlag  = flag.Bool("all", false, "also run the packages of etcd's tests that take minutes")
 	etcdFlag = flag.Bool("etcd", false, "run the tests against etcd itself, too")
 	portFlag = flag.Int("port", 20000, "first `port` of the servers; systems give connections higher ones")
