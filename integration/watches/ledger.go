@@ -54,11 +54,12 @@ type state map[string]*mvccpb.KeyValue
 func Read(ctx context.Context, services []linearizability.Service, bounds Bounds, last int64, known []int64) (*Ledger, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	r := &reader{services: services, bounds: bounds.orAll(), fail: cancel, slots: make(chan struct{}, readers), states: map[int64]state{0: {}}}
+	r := &reader{services: services, bounds: bounds.orAll(), fail: cancel, slots: make(chan struct{}, readers), states: map[int64]state{0: {}}, known: make(map[int64]bool)}
 	points := []int64{0, last}
 	for _, k := range known {
 		if k > 0 && k <= last {
-			points = append(points, k-1, k)
+			points = append(points, k)
+			r.known[k] = true
 		}
 	}
 	slices.Sort(points)
@@ -83,6 +84,7 @@ type reader struct {
 	bounds   Bounds
 	fail     context.CancelCauseFunc
 	slots    chan struct{}
+	known    map[int64]bool
 	group    sync.WaitGroup
 
 	mu     sync.Mutex
@@ -117,24 +119,30 @@ func (r *reader) at(ctx context.Context, revision int64) state {
 // between reads what it takes to know every change after one revision and up to another.
 func (r *reader) between(ctx context.Context, from, to int64) {
 	before, after := r.at(ctx, from), r.at(ctx, to)
-	if to-from < 2 || before == nil || after == nil || same(before, after) {
+	if to-from < 2 || before == nil || after == nil {
 		return
 	}
-	middle := (from + to) / 2 // something was deleted, it is not known when
+	middle, deleted := int64(0), false
 	for _, kv := range after {
 		if m := kv.ModRevision; m > from && m < to {
 			middle = m
 			break
-		} else if m == to {
-			middle = to - 1
 		}
+	}
+	for key := range before {
+		deleted = deleted || after[key] == nil
+	}
+	switch {
+	case middle > 0:
+	case deleted && r.known[to]:
+		middle = to - 1 // most likely it was then
+	case deleted:
+		middle = (from + to) / 2
+	default:
+		return // all that differs was put at the later revision
 	}
 	r.between(ctx, from, middle)
 	r.between(ctx, middle, to)
-}
-
-func same(a, b state) bool {
-	return maps.EqualFunc(a, b, func(a, b *mvccpb.KeyValue) bool { return a.ModRevision == b.ModRevision })
 }
 
 // read reads a state, from any of the services: any copy has it.
