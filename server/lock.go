@@ -2,13 +2,11 @@ package server
 
 import (
 	"context"
-	"errors"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"go.etcd.io/etcd/client/v3/concurrency"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3lock"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb"
 	"google.golang.org/grpc"
@@ -18,15 +16,14 @@ import (
 // own client library, which talks to this node through memory, and an end to
 // their waiting.
 type sessions struct {
-	router *router
 	client *clientv3.Client // set before anything is served
 
 	ctx  context.Context // ends when nothing may wait any more
 	stop context.CancelFunc
 }
 
-func newSessions(r *router) *sessions {
-	s := &sessions{router: r, client: clientv3.NewCtxClient(context.Background())}
+func newSessions() *sessions {
+	s := &sessions{client: clientv3.NewCtxClient(context.Background())}
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	return s
 }
@@ -91,47 +88,8 @@ func newLocks(s *sessions) *locks {
 
 // Lock waits until the caller has the lock.
 func (s *locks) Lock(ctx context.Context, r *v3lockpb.LockRequest) (*v3lockpb.LockResponse, error) {
-	prefix := string(r.GetName()) + "/"
-	_, one, err := s.router.groupOfRange([]byte(prefix), []byte(clientv3.GetPrefixRangeEnd(prefix)))
-	if err != nil {
-		return nil, err
-	}
-	lock := s.lockAcross
-	if one {
-		lock = s.LockServer.Lock
-	}
 	waiting, done := s.waiting(ctx)
 	defer done()
-	resp, err := lock(waiting, r)
+	resp, err := s.LockServer.Lock(waiting, r)
 	return resp, s.ended(ctx, err)
-}
-
-// lockAcross is Lock where the keys below the name are in several shards. etcd's
-// client looks for an older key in the transaction that puts the new one. Here
-// that is a read of its own, afterwards, at a revision above the new key's: older
-// keys that it does not see will never be.
-func (s *locks) lockAcross(ctx context.Context, r *v3lockpb.LockRequest) (*v3lockpb.LockResponse, error) {
-	session, err := concurrency.NewSession(s.client, concurrency.WithLease(clientv3.LeaseID(r.GetLease())), concurrency.WithContext(ctx))
-	if err != nil {
-		return nil, err
-	}
-	session.Orphan()
-	e := concurrency.NewElection(session, string(r.GetName()))
-	if err := e.Campaign(ctx, ""); err != nil {
-		if e.Key() != "" {
-			s.forget(e.Key())
-		}
-		return nil, err
-	}
-	first, err := e.Leader(ctx)
-	switch {
-	case errors.Is(err, concurrency.ErrElectionNoLeader):
-		return nil, concurrency.ErrSessionExpired
-	case err != nil:
-		s.forget(e.Key())
-		return nil, err
-	case string(first.Kvs[0].Key) != e.Key() || first.Kvs[0].CreateRevision != e.Rev():
-		return nil, concurrency.ErrSessionExpired
-	}
-	return &v3lockpb.LockResponse{Header: first.Header, Key: []byte(e.Key())}, nil
 }

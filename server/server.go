@@ -291,7 +291,7 @@ func New(cfg Config) (*Server, error) {
 	s.lease = &lease{router: s.router}
 	s.maintenance = newMaintenance(s.router)
 	s.members = newMembers(s.router)
-	s.sessions = newSessions(s.router)
+	s.sessions = newSessions()
 	s.health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
 	s.grpc = s.newGRPC(s.grpcOptions()...)
 	s.metrics.calls.add(s.grpc)

@@ -67,8 +67,8 @@ func (o *holdOptions) AddFlags(f *pflag.FlagSet) {
 }
 
 // holder waits for a lock or a leadership, holds it and releases it. Both are had by the oldest of the keys below a
-// name, each of which is bound to its owner's lease: that is what Mutex and Election of etcd's client agree on. Only
-// the latter needs no transaction over all these keys, which with shards may be in several.
+// name, each of which is bound to its owner's lease: Mutex and Election of etcd's client agree on that. It uses the
+// latter for both, because that tells the key's revision.
 type holder struct {
 	cmd         *cobra.Command
 	client      *clientOptions
