@@ -37,6 +37,7 @@ type watches struct {
 	byID     map[int64]*followed
 	groups   map[uint64]*groupFollower
 	merged   map[int64]*followed // by number
+	holding  map[int64]*followed // merged, and something waits, or the end
 	merging  bool
 	number   int64         // of the last watch; ids may be used again
 	keyBytes int           // of all watches
@@ -99,7 +100,7 @@ const (
 func (r *router) newWatches(ctx context.Context, deliver func(watchDelivery) error) *watches {
 	w := &watches{
 		router: r, deliver: deliver, turn: make(chan struct{}, 1), merges: make(chan struct{}, 1), asks: make(chan struct{}, 1),
-		byID: make(map[int64]*followed), groups: make(map[uint64]*groupFollower), merged: make(map[int64]*followed),
+		byID: make(map[int64]*followed), groups: make(map[uint64]*groupFollower), merged: make(map[int64]*followed), holding: make(map[int64]*followed),
 	}
 	w.ctx, w.cancelf = context.WithCancel(ctx)
 	w.forget = context.AfterFunc(r.ctx, w.cancelf)
@@ -254,6 +255,7 @@ func (w *watches) end(f *followed) {
 	f.ended = true
 	delete(w.byID, f.id)
 	delete(w.merged, f.number)
+	delete(w.holding, f.number)
 	w.keyBytes -= len(f.spec.key) + len(f.spec.end)
 	for _, p := range f.parts {
 		p.waiting = nil

@@ -493,7 +493,7 @@ func (f *groupFollower) accept(b *batch) error {
 	for number, next := range b.next {
 		f.sawOne(f.parts[number], next, b)
 	}
-	if len(f.w.merged) > 0 {
+	if len(f.w.holding) > 0 {
 		signalOnce(f.w.merges)
 	}
 	return nil
@@ -538,6 +538,7 @@ func (f *groupFollower) whole(d *fsm.Delivery) (*part, []*mvccpb.Event) {
 		if !p.of.merged {
 			return p, nil
 		}
+		f.w.holding[p.of.number] = p.of
 	}
 	return nil, nil
 }
@@ -570,6 +571,9 @@ func (f *groupFollower) keep(p *part, d *fsm.Delivery, events []*mvccpb.Event) {
 	defer f.w.mu.Unlock()
 	if p.of.ended {
 		return
+	}
+	if d.Compacted > 0 || len(events) > 0 {
+		f.w.holding[p.of.number] = p.of
 	}
 	if d.Compacted > 0 { // nothing that comes after it is resolved
 		p.of.ends = &watchDelivery{compacted: d.Compacted}

@@ -70,7 +70,7 @@ func (w *watches) merge() {
 func (w *watches) resolved() (*followed, []*mvccpb.Event, *watchDelivery) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, f := range w.merged {
+	for _, f := range w.holding {
 		if events := f.resolved(w.router.cfg.faults.unresolvedEvents); len(events) > 0 {
 			return f, events, nil
 		}
@@ -128,11 +128,13 @@ func (w *watches) delivered(f *followed, events []*mvccpb.Event) {
 	if f.ended {
 		return
 	}
+	holds := f.ends != nil
 	for _, p := range f.parts {
 		n := 0
 		for n < len(p.waiting) && p.waiting[n].Kv.ModRevision <= last {
 			n++
 		}
+		holds = holds || n < len(p.waiting)
 		if n == 0 {
 			continue
 		}
@@ -144,6 +146,9 @@ func (w *watches) delivered(f *followed, events []*mvccpb.Event) {
 		if p.paused && f.ends == nil && p.bytes <= w.partBytes()/2 {
 			p.follower.resume(p)
 		}
+	}
+	if !holds {
+		delete(w.holding, f.number)
 	}
 	w.advanced()
 }
@@ -188,7 +193,7 @@ func (w *watches) rest(d time.Duration) {
 func (w *watches) unresolved() (at int64, groups []uint64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, f := range w.merged {
+	for _, f := range w.holding {
 		for _, p := range f.parts {
 			if n := len(p.waiting); n > 0 {
 				at = max(at, p.waiting[n-1].Kv.ModRevision)
@@ -202,7 +207,7 @@ func (w *watches) unresolved() (at int64, groups []uint64) {
 		if n := len(g.goals); n > 0 && g.goals[n-1].at >= at {
 			continue
 		}
-		for number := range w.merged {
+		for number := range w.holding {
 			if p := g.parts[number]; p != nil && p.taken() <= at {
 				groups = append(groups, group)
 				break
