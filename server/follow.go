@@ -5,12 +5,12 @@ import (
 	"errors"
 	"math"
 	"sync"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/grpc/codes"
 
 	"kvd/fsm"
-	"time"
 )
 
 // watches follows keys for one client's stream, wherever their groups are. All
