@@ -56,16 +56,20 @@ func (t Traffic) Run(ctx context.Context) {
 func (t Traffic) Finish(ctx context.Context) error {
 	t.Timeout = 5 * time.Second
 	h := &holder{Traffic: t, random: rand.New(rand.NewPCG(t.Seed, 1999))}
+	var there []*mvccpb.KeyValue
 	for {
 		sent := t.Log.Now()
 		answer, err := h.all(ctx)
+		if err == nil {
+			there = answer.Kvs
+		}
 		answered := t.Log.Now()
 		if err == nil && !slices.ContainsFunc(answer.Kvs, func(kv *mvccpb.KeyValue) bool { return kv.Lease != 0 }) {
 			t.Log.Add(looks(t.Log.Ops(), answer, sent, answered)...)
 			return nil
 		}
 		if !pause(ctx, 200*time.Millisecond) {
-			return fmt.Errorf("leases: keys that still have one: %v, %w", answer.GetKvs(), errors.Join(err, ctx.Err()))
+			return fmt.Errorf("leases: keys that still have one, of these: %v, %w", there, errors.Join(err, ctx.Err()))
 		}
 	}
 }

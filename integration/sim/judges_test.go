@@ -33,7 +33,7 @@ func (w *world) summon(seed uint64, keys []string, history *linearizability.Hist
 	j := &judges{leaseLog: leases.NewLog(), oneRevision: w.shards == 0}
 	j.watches = &watches.Traffic{Keys: append(slices.Clone(keys), leases.Prefix), Seed: seed, Life: 15 * time.Second, History: history,
 		Log: &j.watchLog, Newest: history.Newest}
-	j.leases = leases.Traffic{Clients: 3, Seed: seed, TTL: 3, Timeout: 5 * time.Second, Log: j.leaseLog}
+	j.leases = leases.Traffic{Clients: 5, Seed: seed, TTL: 2, Timeout: 5 * time.Second, Log: j.leaseLog}
 	if w.shards > 0 { // and not what the chain has, which is too much to read at every revision
 		j.watches.Bounds = watches.Bounds{Key: []byte(leases.Prefix), End: []byte{0}}
 	}
