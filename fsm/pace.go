@@ -10,7 +10,11 @@ type Pace struct {
 	rests time.Duration
 }
 
-// NewPace rests after each step rests times as long as the step took.
+// maxRest is for steps that took long for reasons of their own: a disk that stalled, a process that was stopped. What
+// goes on must not stand still for a multiple of that.
+const maxRest = 5 * time.Second
+
+// NewPace rests after each step rests times as long as the step took, but 5 s at most.
 func NewPace(rests int) *Pace {
 	return &Pace{turn: make(chan struct{}, 1), rests: time.Duration(rests)}
 }
@@ -20,5 +24,5 @@ func (p *Pace) begin() chan<- struct{} { return p.turn }
 
 // end gives the turn to the next after the rest that a step of this length calls for.
 func (p *Pace) end(took time.Duration) {
-	time.AfterFunc(p.rests*took, func() { <-p.turn })
+	time.AfterFunc(min(p.rests*took, maxRest), func() { <-p.turn })
 }

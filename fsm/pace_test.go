@@ -49,6 +49,22 @@ func TestPaceIsOneShareForAll(t *testing.T) {
 	}
 }
 
+// A step that took an hour, because the process was stopped meanwhile, does not keep the others waiting for hours.
+func TestPaceRestsForABoundedTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := NewPace(8)
+		p.begin() <- struct{}{}
+		p.end(time.Hour)
+		start := time.Now()
+		p.begin() <- struct{}{}
+		if waited := time.Since(start); waited != maxRest {
+			t.Errorf("the next turn came after %v, want %v", waited, maxRest)
+		}
+		p.end(0)
+		synctest.Wait()
+	})
+}
+
 // A compaction waits for the turns of its pace, in memory and in the file.
 func TestCompactionWaitsForItsTurn(t *testing.T) {
 	config := testConfig(tempPath(t))
