@@ -330,9 +330,9 @@ func (w *watches) progress(ctx context.Context) (revision int64, err error) {
 		return revision, nil
 	}
 	w.aim(revision, gates)
-	for {
+	for behind := (*followed)(nil); ; {
 		w.mu.Lock()
-		if w.deliveredAll() >= revision {
+		if behind = w.behind(behind, revision); behind == nil {
 			w.mu.Unlock()
 			return revision, nil
 		}
@@ -403,13 +403,18 @@ func (w *watches) aim(at int64, gates map[uint64]gate) {
 	}
 }
 
-// deliveredAll is up to where all watches have got everything. w.mu is held.
-func (w *watches) deliveredAll() int64 {
-	all := int64(math.MaxInt64)
-	for _, f := range w.byID {
-		all = min(all, f.delivered())
+// behind is a watch that has not got everything up to a revision; nil if there is none. It begins to look at the one
+// that it found last, because there may be many. w.mu is held.
+func (w *watches) behind(last *followed, revision int64) *followed {
+	if last != nil && !last.ended && last.delivered() < revision {
+		return last
 	}
-	return all
+	for _, f := range w.byID {
+		if f.delivered() < revision {
+			return f
+		}
+	}
+	return nil
 }
 
 // delivered is up to where a watch has got everything: all that there is before
