@@ -2,6 +2,7 @@ package integration
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,6 +23,7 @@ import (
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	"go.etcd.io/etcd/client/pkg/v3/types"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3rpc"
 	framecfg "go.etcd.io/etcd/tests/v3/framework/config"
 )
 
@@ -35,6 +37,9 @@ const (
 	envPort   = "KVD_E2E_BASE_PORT" // ports from here on are this process's own
 	envLogs   = "KVD_E2E_LOGS"      // directory for the logs of the nodes
 )
+
+// Tests wait for a few of these ticks of 10 ms until a leader that is gone is missed.
+func init() { ElectionTicks = 60 }
 
 // readyTimeout and stopTimeout bound the start and the orderly end of a node.
 const (
@@ -181,9 +186,9 @@ func (m *Member) flags(n *node) []string {
 		"--listen-client", n.client, "--listen-peer", n.peer, "--listen-http", "none",
 		"--snapshot-entries", fmt.Sprint(m.SnapshotCount), "--trailing-entries", fmt.Sprint(m.SnapshotCatchUpEntries),
 	}
-	if m.WatchProgressNotifyInterval != 0 {
-		flags = append(flags, "--watch-progress-notify-interval", m.WatchProgressNotifyInterval.String())
-	}
+	// Tests set the one of a member or that of all servers in this process.
+	interval := cmp.Or(m.WatchProgressNotifyInterval, v3rpc.GetProgressReportInterval())
+	flags = append(flags, "--watch-progress-notify-interval", interval.String())
 	flags = append(flags, tlsFlags("", m.ClientTLSInfo)...)
 	flags = append(flags, tlsFlags("peer-", m.PeerTLSInfo)...)
 	if m.ClientTLSInfo != nil && m.ClientTLSInfo.ClientCertAuth {
