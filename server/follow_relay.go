@@ -28,6 +28,8 @@ const (
 	pollPause   = maxBackoff            // between questions that may not wait
 	pollBytes   = 1 << 20               // of events in an answer, about
 	maxPolls    = 1 << 10               // questions that wait on a node at a time
+	pollRest    = 10 * time.Microsecond // for each watch of a question, before the next one: it begins them all anew
+	leastRest   = 2 * time.Millisecond  // less is not worth it
 	shortPolls  = 40                    // questions that do not wait, after one was told not to
 	maxPollKeys = 1 << 20               // watches in a question
 )
@@ -38,6 +40,7 @@ type relay struct {
 	node  string // that has answered last; "" = ask another one
 	turn  int    // counts the nodes asked
 	short int    // questions that must not wait
+	asked int    // watches in the last question
 }
 
 // question is what is asked of a node, beside what forward.go says:
@@ -74,8 +77,11 @@ const (
 // poll asks a node once, and delivers what it answers.
 func (y *relay) poll(a *attempts) error {
 	r := y.w.router
+	if err := y.rest(); err != nil {
+		return err
+	}
 	q, hurried := y.question()
-	if len(q.watches) == 0 {
+	if y.asked = len(q.watches); y.asked == 0 {
 		return y.idle(pollWait)
 	}
 	node := y.choose(a)
@@ -162,6 +168,22 @@ func (y *relay) question() (q *question, hurried bool) {
 		q.wait = 0
 	}
 	return q, hurried
+}
+
+// rest keeps a stream with very many watches from having another node begin them anew all the time.
+func (y *relay) rest() error {
+	rest := time.Duration(y.asked) * pollRest
+	if rest < leastRest {
+		return nil
+	}
+	timer := time.NewTimer(rest)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-y.w.ctx.Done():
+		return y.w.ctx.Err()
+	}
 }
 
 // idle waits until there is something else to follow, or for a while.

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -846,6 +847,51 @@ func FuzzQuestions(f *testing.F) {
 					}
 				}
 			}
+		}
+	})
+}
+
+// A node is not asked about thousands of watches again for each of many changes.
+func TestQuestionsAboutManyWatchesRest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 2, 2, 1, nil)
+		key := w.keyIn(2, "k") // on n2
+		const watches, puts = 1000, 100
+		var got atomic.Int64
+		o := w.servers["n1"].router.newWatches(t.Context(), func(d watchDelivery) error {
+			got.Add(int64(len(d.events)))
+			return nil
+		})
+		defer o.close()
+		for id := range int64(watches) {
+			s := watchSpec{key: []byte(key)}
+			if id > 0 {
+				s.key = fmt.Appendf(nil, "%s/%d", key, id)
+			}
+			if group, one, err := w.servers["n1"].router.groupOfRange(s.key, nil); err != nil || !one || group != 2 {
+				continue
+			}
+			if _, err := o.add(id, s); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(time.Second)
+		polls := func() int {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return w.calls[methodWatchPoll]
+		}
+		before, begin := polls(), time.Now()
+		for range puts {
+			w.put("n1", key, "v")
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(time.Second)
+		if got.Load() != puts {
+			t.Errorf("%d events of %d puts", got.Load(), puts)
+		}
+		if asked := polls() - before; asked > puts/2 {
+			t.Errorf("%d questions in %v", asked, time.Since(begin))
 		}
 	})
 }
