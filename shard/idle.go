@@ -85,7 +85,9 @@ func (l *life) tellFollowers() {
 		if l.role.Load() == nil {
 			continue
 		}
-		pause.Reset(l.r.cfg.HeartbeatTimeout / 50)
+		// Watches of followers wait for it. At more than some 500 entries per
+		// second the next one is there first.
+		pause.Reset(l.r.cfg.HeartbeatTimeout / 500)
 		select {
 		case <-pause.C:
 		case <-l.done:

@@ -55,7 +55,7 @@ type succession struct {
 func (s *succession) stand(term uint64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.term == term && s.to != "" {
+	if s.agreed(term) {
 		return false
 	}
 	s.term, s.stands, s.to, s.at = term, true, "", time.Now()
@@ -67,11 +67,27 @@ func (s *succession) stand(term uint64) bool {
 func (s *succession) yield(term uint64, to raft.ServerID) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.term == term && (s.stands || s.to != "" && s.to != to && time.Since(s.at) < agreementLasts) {
+	switch {
+	case s.term == term && s.stands:
 		return false
+	case s.agreed(term):
+		return s.to == to // which makes it last no longer: others wait for its end
 	}
 	s.term, s.stands, s.to, s.at = term, false, to, time.Now()
 	return true
+}
+
+// agreed reports whether there is an agreement that lasts. mu is held.
+func (s *succession) agreed(term uint64) bool {
+	return s.term == term && s.to != "" && time.Since(s.at) < agreementLasts
+}
+
+// yielded reports whether this replica has agreed to another of late, and so
+// has nothing to ask for: it would only keep others from agreeing to that one.
+func (s *succession) yielded(term uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.agreed(term)
 }
 
 // standing reports whether this replica stands in the term that follows. Raft
@@ -114,7 +130,7 @@ func (l *life) succeed() {
 		leader2, term2, ok := l.orphaned()
 		return ok && leader2 == leader && term2 == term
 	}
-	timer := time.NewTimer(0)
+	timer := time.NewTimer(time.Duration(l.rank(leader)) * successionPause)
 	defer timer.Stop()
 	for try := range successionTries {
 		select {
@@ -125,7 +141,7 @@ func (l *life) succeed() {
 		if !same() {
 			return
 		}
-		if (!l.r.Witness() || try >= witnessTries) && (l.r.cfg.Faults.succeedAlone || l.preElected(leader, term)) {
+		if (!l.r.Witness() || try >= witnessTries) && !l.succession.yielded(term) && (l.r.cfg.Faults.succeedAlone || l.preElected(leader, term)) {
 			if !l.succession.stand(term) {
 				return
 			}
@@ -136,6 +152,21 @@ func (l *life) succeed() {
 		}
 		timer.Reset(successionPause)
 	}
+}
+
+// rank is how many of the leader's followers come before this one. They may ask
+// first, so that not all ask at once and each gets a part of the agreements.
+func (l *life) rank(leader raft.ServerID) int {
+	before := 0
+	for _, id := range l.voters() {
+		if id == l.r.cfg.Replica {
+			break
+		}
+		if id != leader {
+			before++
+		}
+	}
+	return before
 }
 
 // preElected asks the other voters, and reports whether a majority agrees.
