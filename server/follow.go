@@ -102,6 +102,7 @@ func (r *router) newWatches(ctx context.Context, deliver func(watchDelivery) err
 		router: r, deliver: deliver, turn: make(chan struct{}, 1), merges: make(chan struct{}, 1), asks: make(chan struct{}, 1),
 		byID: make(map[int64]*followed), groups: make(map[uint64]*groupFollower), merged: make(map[int64]*followed), holding: make(map[int64]*followed),
 	}
+	r.following.Add(1)
 	w.ctx, w.cancelf = context.WithCancel(ctx)
 	w.forget = context.AfterFunc(r.ctx, w.cancelf)
 	return w
@@ -267,6 +268,9 @@ func (w *watches) end(f *followed) {
 // close ends all watches, and waits for deliver to return.
 func (w *watches) close() {
 	w.mu.Lock()
+	if !w.closed {
+		w.router.following.Add(-1)
+	}
 	w.closed = true
 	w.mu.Unlock()
 	w.forget()

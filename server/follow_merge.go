@@ -8,6 +8,10 @@ import (
 )
 
 const (
+	// allWaitingBytes is what the streams of a node keep together, about, of what other nodes have told, and until it is
+	// resolved; each of their parts at least leastShare.
+	allWaitingBytes = 256 << 20
+	leastShare      = 4 << 10
 	// waitingBytes is what the merged watches of a stream keep, about, until it
 	// is resolved; each part of each at least leastPartBytes.
 	waitingBytes   = 16 << 20
@@ -25,7 +29,14 @@ const (
 // held.
 func (w *watches) partBytes() int {
 	parts := max(1, len(w.merged)*len(w.groups))
-	return min(max(waitingBytes/parts, leastPartBytes), mostPartBytes)
+	return w.shareOf(min(max(waitingBytes/parts, leastPartBytes), mostPartBytes))
+}
+
+// shareOf is at most what a part of this stream may keep, less if there are so many streams that all of them would keep
+// too much if their clients did not read. w.mu is held.
+func (w *watches) shareOf(most int) int {
+	parts := max(1, w.router.following.Load()*int64(len(w.groups)))
+	return min(most, max(int(allWaitingBytes/parts), leastShare))
 }
 
 // startMerging begins what merged watches need. w.mu is held.

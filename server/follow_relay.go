@@ -26,7 +26,7 @@ const (
 	pollWait    = 2 * time.Second       // that a question waits for something to happen
 	pollGather  = 20 * time.Millisecond // that one which waits is left alone when there are more watches
 	pollPause   = maxBackoff            // between questions that may not wait
-	pollBytes   = 1 << 20               // of events in an answer, about
+	pollBytes   = 1 << 20               // of events in an answer, at most about
 	maxPolls    = 1 << 10               // questions that wait on a node at a time
 	pollRest    = 10 * time.Microsecond // for each watch of a question, before the next one: it begins them all anew
 	leastRest   = 2 * time.Millisecond  // less is not worth it
@@ -45,7 +45,7 @@ type relay struct {
 
 // question is what is asked of a node, beside what forward.go says:
 //
-//	question: version 1, group 8, timeout 4 (ms), wait 4 (ms), index 8 |
+//	question: version 1, group 8, timeout 4 (ms), wait 4 (ms), index 8, most 4 |
 //	          for each watch: flags 1, from 8, sizes of key and end (uvarint), key, end
 //	answer:   version 1, code 1 | flags 1, applied 8, revision 8 |
 //	          for each delivery: size (uvarint), WatchResponse: the watch by its
@@ -55,6 +55,7 @@ type question struct {
 	group   uint64
 	wait    time.Duration
 	index   uint64 // answer as soon as the state has applied it; 0 = when something has happened
+	most    int    // bytes of events in the answer, about; one transaction at least
 	watches []asked
 }
 
@@ -66,7 +67,7 @@ type asked struct {
 }
 
 const (
-	questionHeader = 25
+	questionHeader = 29
 	replyHeader    = 17
 
 	flagPrevKV = 1 << 0
@@ -152,7 +153,7 @@ func (y *relay) question() (q *question, hurried bool) {
 	y.w.mu.Lock()
 	defer y.w.mu.Unlock()
 	y.reset()
-	q = &question{group: y.group, wait: pollWait}
+	q = &question{group: y.group, wait: pollWait, most: y.w.shareOf(pollBytes)}
 	for _, p := range y.fresh {
 		if p.of.ended || p.given {
 			continue
@@ -262,6 +263,7 @@ func (q *question) encode(ctx context.Context) []byte {
 	payload = binary.BigEndian.AppendUint32(payload, timeoutMillis(ctx))
 	payload = binary.BigEndian.AppendUint32(payload, uint32(q.wait.Milliseconds()))
 	payload = binary.BigEndian.AppendUint64(payload, q.index)
+	payload = binary.BigEndian.AppendUint32(payload, uint32(q.most))
 	for _, w := range q.watches {
 		flags := byte(0)
 		if w.prevKV {
@@ -284,6 +286,7 @@ func decodeQuestion(payload []byte) (*question, uint32, error) {
 		group: binary.BigEndian.Uint64(payload[1:]),
 		wait:  time.Duration(binary.BigEndian.Uint32(payload[13:])) * time.Millisecond,
 		index: binary.BigEndian.Uint64(payload[17:]),
+		most:  int(min(binary.BigEndian.Uint32(payload[25:]), pollBytes)),
 	}
 	for rest := payload[questionHeader:]; len(rest) > 0; {
 		var w asked
@@ -453,8 +456,9 @@ func (s *pollSource) register() (refused []fsm.Delivery, _ error) {
 func (s *pollSource) takeWhole(ctx context.Context) (out []fsm.Delivery, err error) {
 	open := make(map[int64]int) // deliveries that are not whole, by watch
 	cancelled := make(map[int64]bool)
-	for n := 0; n < pollBytes || len(open) > 0; {
-		taken, err := s.feed.Take(ctx, pollBytes-min(n, pollBytes-1))
+	most := max(1, s.most)
+	for n := 0; n < most || len(open) > 0; {
+		taken, err := s.feed.Take(ctx, most-min(n, most-1))
 		if err != nil {
 			return nil, elsewhere(err)
 		}

@@ -784,7 +784,7 @@ func TestWatchesOfOneState(t *testing.T) {
 
 // What other nodes ask and answer is held against the rules.
 func TestQuestionsOnTheWire(t *testing.T) {
-	q := &question{group: 3, wait: 70 * time.Millisecond, index: 9, watches: []asked{
+	q := &question{group: 3, wait: 70 * time.Millisecond, index: 9, most: 5000, watches: []asked{
 		{number: 0, key: []byte("a"), from: 5, prevKV: true}, {number: 1, key: []byte("b"), end: []byte("c"), from: 1},
 	}}
 	payload := q.encode(t.Context())
@@ -894,4 +894,34 @@ func TestQuestionsAboutManyWatchesRest(t *testing.T) {
 			t.Errorf("%d questions in %v", asked, time.Since(begin))
 		}
 	})
+}
+
+// The streams of a node share what may wait for clients that do not read.
+func TestManyStreamsKeepLittleEach(t *testing.T) {
+	for _, alone := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, 2, 2, 1, nil)
+			if !alone {
+				w.servers["n1"].router.following.Add(1 << 16)
+			}
+			o := w.watch("n1", everyKey)                                            // nobody takes anything from deliver
+			key, value := w.keyIn(2, "k"), string(bytes.Repeat([]byte("v"), 4<<10)) // on n2
+			for range 100 {
+				w.put("n1", key, value)
+			}
+			time.Sleep(time.Second)
+			synctest.Wait()
+			o.mu.Lock()
+			defer o.mu.Unlock()
+			kept := 0
+			for _, f := range o.byID {
+				for _, p := range f.parts {
+					kept += p.bytes
+				}
+			}
+			if few := kept <= 4*(leastShare+len(value)+eventBytes); few == alone {
+				t.Errorf("alone: %t: %d bytes of %d are kept", alone, kept, 100*len(value))
+			}
+		})
+	}
 }

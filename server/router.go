@@ -19,22 +19,23 @@ import (
 // elections and tries again whatever is certainly not in the log, until the
 // request's deadline; it never tries again what might be.
 type router struct {
-	cfg      *Config
-	metrics  *metrics
-	sharded  bool
-	pending  atomic.Int64 // bytes of writes under way
-	answers  answers
-	leaders  leaders
-	quiet    silences[string] // nodes that do not answer
-	behind   silences[uint64] // groups whose replica here lags, or knows no leader
-	sizes    pageSizes
-	cuts     cuts
-	leases   leases
-	gating   atomic.Int64 // groups whose gates other nodes wait for
-	polls    atomic.Int64 // questions for watches that other nodes wait for
-	resolver resolver
-	fetches  chan struct{} // one per request that reads several groups at a time
-	hashing  chan struct{} // one per digest computed for another node
+	cfg       *Config
+	metrics   *metrics
+	sharded   bool
+	pending   atomic.Int64 // bytes of writes under way
+	answers   answers
+	leaders   leaders
+	quiet     silences[string] // nodes that do not answer
+	behind    silences[uint64] // groups whose replica here lags, or knows no leader
+	sizes     pageSizes
+	cuts      cuts
+	leases    leases
+	gating    atomic.Int64 // groups whose gates other nodes wait for
+	polls     atomic.Int64 // questions for watches that other nodes wait for
+	following atomic.Int64 // streams of watches on this node
+	resolver  resolver
+	fetches   chan struct{} // one per request that reads several groups at a time
+	hashing   chan struct{} // one per digest computed for another node
 
 	started time.Time
 	leaving chan struct{}   // closed when streams that would go on for ever have to end
