@@ -529,6 +529,11 @@ func (f *groupFollower) whole(d *fsm.Delivery) (*part, []*mvccpb.Event) {
 		events = append(p.begun, events...)
 	}
 	p.begun = nil
+	if d.Compacted > 0 && d.Compacted <= p.taken() { // nothing is gone that it does not have: it goes on from there
+		p.next, p.given = p.taken(), false
+		f.missing(p)
+		return nil, nil
+	}
 	if !d.More {
 		return p, events
 	}

@@ -925,3 +925,34 @@ func TestManyStreamsKeepLittleEach(t *testing.T) {
 		})
 	}
 }
+
+// A feed may lag behind what is known to have been taken: that a group has nothing before a revision. A compaction
+// below that takes nothing away.
+func TestCompactionOfWhatHasBeenTaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, 2, 1, nil)
+		o := w.watch("n1", everyKey)
+		w.put("n1", w.keyIn(2, "k"), "v")
+		d := <-o.deliveries
+		synctest.Wait()
+		o.mu.Lock()
+		g, next := o.groups[1], d.events[0].Kv.ModRevision+1
+		number := o.byID[7].number
+		g.parts[number].next = next
+		o.mu.Unlock()
+		if err := g.accept(&batch{deliveries: []fsm.Delivery{{ID: number, Next: 1, Compacted: next}}}); err != nil {
+			t.Fatal(err)
+		}
+		w.put("n1", w.keyIn(1, "k"), "v")
+		if d := <-o.deliveries; d.compacted != 0 || len(d.events) != 1 {
+			t.Fatalf("after a compaction up to %d of what has been taken: %v", next, d)
+		}
+		synctest.Wait()
+		if err := g.accept(&batch{deliveries: []fsm.Delivery{{ID: number, Compacted: next + 100}}}); err != nil {
+			t.Fatal(err)
+		}
+		if d := <-o.deliveries; d.compacted != next+100 {
+			t.Errorf("after a compaction up to %d: %v", next+100, d)
+		}
+	})
+}
