@@ -301,6 +301,9 @@ func (w *watches) send(f *followed, d watchDelivery) error {
 	err := w.deliver(d)
 	w.mu.Lock()
 	w.sending = nil
+	if f.ended {
+		w.advanced()
+	}
 	if w.sent != nil {
 		close(w.sent)
 		w.sent = nil
@@ -410,6 +413,9 @@ func (w *watches) aim(at int64, gates map[uint64]gate) {
 // behind is a watch that has not got everything up to a revision; nil if there is none. It begins to look at the one
 // that it found last, because there may be many. w.mu is held.
 func (w *watches) behind(last *followed, revision int64) *followed {
+	if w.sending != nil && w.sending.ended {
+		return w.sending // that it has ended, and where, has not been told yet
+	}
 	if last != nil && !last.ended && last.delivered() < revision {
 		return last
 	}

@@ -956,3 +956,36 @@ func TestCompactionOfWhatHasBeenTaken(t *testing.T) {
 		}
 	})
 }
+
+// The end of a watch for what was compacted is told before any progress beyond that.
+func TestProgressDoesNotOvertakeTheEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, 2, 1, nil)
+		for _, s := range []watchSpec{everyKey, {key: []byte(w.keyIn(1, "k"))}} { // merged, and of one group
+			o := w.watch("n1", s)
+			w.put("n1", w.keyIn(1, "k"), "v")
+			<-o.deliveries
+			synctest.Wait()
+			o.mu.Lock()
+			number, g := o.byID[7].number, o.groups[1]
+			o.mu.Unlock()
+			var accepting sync.WaitGroup
+			accepting.Go(func() {
+				_ = g.accept(&batch{deliveries: []fsm.Delivery{{ID: number, Compacted: 1000}}})
+			})
+			synctest.Wait() // deliver has it, and has not returned
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			if revision, err := o.progress(ctx); err == nil {
+				t.Errorf("%q: progress at %d, and the end has not been told", s.key, revision)
+			}
+			cancel()
+			if d := <-o.deliveries; d.compacted != 1000 {
+				t.Errorf("%q: %v", s.key, d)
+			}
+			accepting.Wait()
+			if _, err := o.progress(t.Context()); err != nil {
+				t.Errorf("%q: %v", s.key, err)
+			}
+		}
+	})
+}
