@@ -331,7 +331,7 @@ func (r *Reconciler) startSteps(ctx context.Context, term uint64, plan []ShardSt
 func (v *ClusterView) tooSoon(step ShardStep) bool {
 	s, ok := v.Map.shardOf(step.Group)
 	leader := v.Groups[step.Group].Leader
-	if !ok || leader == nil || !v.Nodes[step.Node].Alive {
+	if !ok || leader == nil || v.Nodes[step.Node].Down {
 		return false
 	}
 	member, ok := v.Map.Member(step.Node)

@@ -163,8 +163,18 @@ func TestWaitingForALockEnds(t *testing.T) {
 		}
 		waiting := func(ctx context.Context, lease int64) <-chan error {
 			ended := make(chan error, 1)
-			go func() { ended <- lock(ctx, servers[len(servers)-1], lease) }()
-			waitForKeys(t, servers, 2)
+			over := make(chan struct{})
+			go func() {
+				defer close(over)
+				ended <- lock(ctx, servers[len(servers)-1], lease)
+			}()
+			for len(keysOf(t, servers)) != 2 {
+				select {
+				case <-over:
+					t.Fatalf("with lease %d it does not wait: %v", lease, <-ended)
+				case <-time.After(time.Millisecond):
+				}
+			}
 			return ended
 		}
 		ctx, cancel := context.WithCancel(t.Context())
