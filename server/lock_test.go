@@ -183,7 +183,11 @@ func TestWaitingForALockEnds(t *testing.T) {
 		if err := <-ended; status.Code(err) != codes.Canceled {
 			t.Errorf("cancelled: %v", err)
 		}
-		waitForKeys(t, servers, 1) // the key of who waits no longer is gone
+		// The key of who waits no longer goes at the latest with the lease.
+		if _, err := servers[0].Lease().LeaseRevoke(t.Context(), &pb.LeaseRevokeRequest{ID: 2}); err != nil {
+			t.Fatal(err)
+		}
+		waitForKeys(t, servers, 1)
 
 		ended = waiting(t.Context(), 3)
 		if _, err := servers[0].Lease().LeaseRevoke(t.Context(), &pb.LeaseRevokeRequest{ID: 3}); err != nil {

@@ -265,7 +265,7 @@ func TestHintsAreBounded(t *testing.T) {
 
 func TestBeforeTheMapIsKnown(t *testing.T) {
 	w := newWorld(t, 3, 3, 1, nil)
-	w.unknown = true
+	w.unknown.Store(true)
 	kv := w.kv("n1")
 	for name, err := range map[string]error{
 		"put":         second(kv.Put(t.Context(), putData(t, "k", "v"))),

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/hashicorp/raft"
@@ -30,7 +31,7 @@ type world struct {
 	shards  map[uint64]*fakeShard
 	servers map[string]*Server
 	zero    *fakeReplica // of group 0, for all nodes
-	unknown bool         // the map is not known yet
+	unknown atomic.Bool  // the map is not known yet
 	eager   bool         // followers hear of everything at once
 
 	inTurn sync.Mutex // writes of all groups, for onWritten
@@ -129,7 +130,7 @@ func (w *world) Group(key []byte) uint64 { return uint64(ring.ShardOf(key, len(w
 func (w *world) Lease(id int64) uint64 { return uint64(ring.ShardOfLease(id, len(w.groups))) + 1 }
 
 func (w *world) All() []uint64 {
-	if w.unknown {
+	if w.unknown.Load() {
 		return nil
 	}
 	return w.groups
