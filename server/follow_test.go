@@ -85,7 +85,7 @@ type observer struct {
 	holes  [][2]int64 // revisions that were compacted before it got them
 	// compacts: what a key was before may have been compacted when it was looked up.
 	compacts bool
-	ended  bool       // the present watch
+	ended    bool // the present watch
 }
 
 // told: when it was told of a progress, it had got so many events.
