@@ -624,13 +624,13 @@ func TestCloseEndsWatches(t *testing.T) {
 		c.create(&pb.WatchCreateRequest{Key: []byte("k")})
 		c.next()
 		f.give(t, 1, putEvent("k", "v", 11))
+		c.want(11, &pb.WatchResponse{Events: []*mvccpb.Event{putEvent("k", "v", 11)}})
 		clients = append(clients, c)
 	}
 	if err := n.Close(); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range clients {
-		c.want(11, &pb.WatchResponse{Events: []*mvccpb.Event{putEvent("k", "v", 11)}})
 		sameStatus(t, c.end(), rpctypes.ErrGRPCStopped)
 	}
 }
