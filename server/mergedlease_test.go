@@ -54,7 +54,12 @@ func (w *world) end(lease int64) {
 			w.propose(group, fsm.LeaseCommand{Kind: fsm.LeaseDrop, ID: lease, Incarnation: about.TTL}.Request())
 		}
 	}
-	w.propose(home, fsm.LeaseCommand{Kind: fsm.LeaseForget, ID: lease, Incarnation: about.TTL}.Request())
+	s := w.shards[home]
+	forget := fsm.LeaseCommand{Kind: fsm.LeaseForget, ID: lease, Incarnation: about.TTL}.Request()
+	result, err := s.replicas[s.leader].Propose(w.t.Context(), forget)
+	if err != nil || result.Err != nil && !errors.Is(result.Err, fsm.ErrLeaseNotFound) { // the node that leads home ends it, too
+		w.t.Fatal(err, result.Err)
+	}
 }
 
 // A backup of shards has every lease once, with its keys in all shards. A lease that ends after the cut, while keys of
