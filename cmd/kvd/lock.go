@@ -182,7 +182,7 @@ func (h *holder) lost() error {
 
 func (h *holder) runCommand() error {
 	run := newCommand(h.cmd, h.command, h.environment())
-	run.Stdin = h.cmd.InOrStdin()
+	run.Stdin, run.SysProcAttr = h.cmd.InOrStdin(), endWithParent()
 	err := runCommand(h.cmd.Context(), run, h.session.Done())
 	select {
 	case <-h.session.Done():
