@@ -48,28 +48,35 @@ func (v *view) decide(ctx context.Context, r *pb.TxnRequest) (branch, error) {
 	return b, nil
 }
 
-// compare holds if it does for every key of its range. Without any key, a value compares to nothing, and all else
-// to zero.
 func (v *view) compare(ctx context.Context, c *pb.Compare) (bool, error) {
 	hits, _, err := v.collect(ctx, mvcc.NewSpan(c.GetKey(), c.GetRangeEnd()), v.revision, 0, false)
 	if err != nil {
 		return false, err
 	}
-	if len(hits) == 0 {
-		return c.GetTarget() != pb.Compare_VALUE && holds(c, &mvccpb.KeyValue{}), nil
+	if ComparesKeysOnly(c) {
+		return Holds(c, keysOnly(hits)), nil
 	}
-	kvs := keysOnly(hits)
-	if c.GetTarget() == pb.Compare_VALUE || c.GetTarget() == pb.Compare_LEASE {
-		if kvs, err = v.fetch(ctx, hits); err != nil {
-			return false, err
-		}
+	kvs, err := v.fetch(ctx, hits)
+	return err == nil && Holds(c, kvs), err
+}
+
+// ComparesKeysOnly says whether a compare needs no more of its keys than a range of keys only has.
+func ComparesKeysOnly(c *pb.Compare) bool {
+	return c.GetTarget() != pb.Compare_VALUE && c.GetTarget() != pb.Compare_LEASE
+}
+
+// Holds says whether a compare holds where its range has the given keys: if it does for every one of them. Without any
+// key, a value compares to nothing, and all else to zero.
+func Holds(c *pb.Compare, kvs []*mvccpb.KeyValue) bool {
+	if len(kvs) == 0 {
+		return c.GetTarget() != pb.Compare_VALUE && holds(c, &mvccpb.KeyValue{})
 	}
 	for _, kv := range kvs {
 		if !holds(c, kv) {
-			return false, nil
+			return false
 		}
 	}
-	return true, nil
+	return true
 }
 
 func holds(c *pb.Compare, kv *mvccpb.KeyValue) bool {

@@ -123,10 +123,23 @@ func (r *router) sourcesAcross(ctx context.Context, request *pb.RangeRequest) (s
 	if err != nil {
 		return nil, 0, err
 	}
-	if request.Revision > c.revision {
-		return nil, 0, fsm.ErrFutureRevision
+	sources, err = r.sourcesIn(c, request)
+	return sources, c.revision, err
+}
+
+// sourcesIn are the groups that may have keys of a range, complete at a cut.
+func (r *router) sourcesIn(c *cut, request *pb.RangeRequest) (sources []*source, err error) {
+	group, one, err := r.groupOfRange(request.Key, request.RangeEnd)
+	switch {
+	case err != nil:
+		return nil, err
+	case request.Revision > c.revision:
+		return nil, fsm.ErrFutureRevision
 	}
 	for _, g := range c.gates {
+		if one && g.group != group {
+			continue
+		}
 		s := r.newSource(g.group, request, false)
 		s.ask.index, s.ask.current, s.node = g.index, c.revision, g.node
 		if request.Revision <= 0 && !r.cfg.faults.readNewest {
@@ -134,7 +147,10 @@ func (r *router) sourcesAcross(ctx context.Context, request *pb.RangeRequest) (s
 		}
 		sources = append(sources, s)
 	}
-	return sources, c.revision, nil
+	if len(sources) == 0 {
+		return nil, notJoined()
+	}
+	return sources, nil
 }
 
 // latest is the newest revision of a sharded key space.

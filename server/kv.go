@@ -231,19 +231,10 @@ func (s *kv) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error)
 		return nil, err
 	}
 	group, none, err := s.router.groupOfTxn(r)
-	var across *spanning
-	if reasonOf(err) == ReasonCrossShard {
-		if split, ok := s.router.span(r); ok {
-			across, err = split, nil
-		}
-	}
-	if err != nil {
-		return nil, err
-	}
 	var resp *pb.TxnResponse
 	switch {
-	case across != nil:
-		resp, err = s.txnSpanning(ctx, across)
+	case err != nil:
+		resp, err = s.txnAcross(ctx, r, err)
 	case none:
 		resp, err = s.txnOfNothing(ctx, r)
 	case isReadOnly(r):

@@ -74,6 +74,38 @@ func (g *requests) rangeRequest() *pb.RangeRequest {
 	return r
 }
 
+// readTxn is a transaction that only reads.
+func (g *requests) readTxn() *pb.TxnRequest {
+	r := &pb.TxnRequest{}
+	for range g.IntN(3) {
+		c := &pb.Compare{
+			Key: g.key(), RangeEnd: g.rangeEnd(),
+			Result: pb.Compare_CompareResult(g.IntN(4)), Target: pb.Compare_CompareTarget(g.IntN(5)),
+		}
+		switch n := g.Int64N(g.w.newest + 1); c.Target {
+		case pb.Compare_VALUE:
+			c.TargetUnion = &pb.Compare_Value{Value: fmt.Append(nil, "v", g.IntN(4))}
+		case pb.Compare_CREATE:
+			c.TargetUnion = &pb.Compare_CreateRevision{CreateRevision: pick(g.Rand, 0, n)}
+		case pb.Compare_MOD:
+			c.TargetUnion = &pb.Compare_ModRevision{ModRevision: pick(g.Rand, 0, n)}
+		case pb.Compare_VERSION:
+			c.TargetUnion = &pb.Compare_Version{Version: g.Int64N(3)}
+		}
+		r.Compare = append(r.Compare, c)
+	}
+	for _, branch := range []*[]*pb.RequestOp{&r.Success, &r.Failure} {
+		for range g.IntN(4) {
+			read := g.rangeRequest()
+			if read.Revision < 0 && g.compacted < 0 {
+				read.Revision = 0 // before the first compaction, a single group answers that
+			}
+			*branch = append(*branch, readOp(read))
+		}
+	}
+	return r
+}
+
 // do sends a write to a node.
 func (w *world) do(ctx context.Context, kv pb.KVServer, r *pb.InternalRaftRequest) (resp proto.Message, err error) {
 	switch {
@@ -122,11 +154,55 @@ func compareWithOneStore(t *testing.T, w *world, g *requests, steps int) error {
 			}
 			continue
 		}
+		if g.IntN(3) == 0 {
+			if err := compareTxn(t.Context(), w, one, kv, g.readTxn()); err != nil {
+				return err
+			}
+			continue
+		}
 		r := g.rangeRequest()
 		want, wantErr := one.store.RangeAt(t.Context(), fsm.User, r, w.newest)
 		got, err := kv.Range(t.Context(), proto.CloneOf(r))
 		if err := compareAnswers(t.Context(), w, one, r, got, want, err, wantErr); err != nil {
 			return fmt.Errorf("%v: %w\ngot  %v, %v\nwant %v, %v", r, err, got, err, want, wantErr)
+		}
+	}
+	return nil
+}
+
+// compareTxn has a node and one store answer a transaction that only reads.
+func compareTxn(ctx context.Context, w *world, one *oneStore, kv pb.KVServer, r *pb.TxnRequest) error {
+	_, _, apart := w.servers["n1"].router.groupOfTxn(r)
+	for _, s := range w.servers {
+		if apart == nil {
+			s.router.sizes.wholeBytes = 1 << 20 // the answer is one message
+		}
+	}
+	want, wantErr := one.store.ReadTxnAt(ctx, fsm.User, r, w.newest)
+	got, err := kv.Txn(ctx, proto.CloneOf(r))
+	wrong := func(err2 error) error {
+		return fmt.Errorf("%v: %w\ngot  %v, %v\nwant %v, %v", r, err2, got, err, want, wantErr)
+	}
+	if wantErr != nil || err != nil {
+		if wantErr == nil || err == nil || err.Error() != refusal(wantErr).Error() {
+			return wrong(errors.New("other error"))
+		}
+		return nil
+	}
+	if got.Succeeded != want.Succeeded || len(got.Responses) != len(want.Responses) {
+		return wrong(errors.New("other branch"))
+	}
+	if apart != nil && got.Header.Revision != w.newest {
+		return wrong(errors.New("not at the newest revision"))
+	}
+	ops := r.Success
+	if !got.Succeeded {
+		ops = r.Failure
+	}
+	for i, op := range ops {
+		got, want := got.Responses[i].GetResponseRange(), want.Responses[i].GetResponseRange()
+		if err := compareAnswers(ctx, w, one, op.GetRequestRange(), got, want, nil, nil); err != nil {
+			return wrong(fmt.Errorf("operation %d: %w", i, err))
 		}
 	}
 	return nil

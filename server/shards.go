@@ -174,5 +174,5 @@ func (k *txnKeys) refusal() error {
 		why = strings.Join(named, ", ")
 	}
 	return kvdError(codes.InvalidArgument, ReasonCrossShard,
-		"a transaction must compare and write within one shard, and read elsewhere after its writes, but "+why+": keys with the same {tag} in their names, such as {user42}/cart and {user42}/name, share a shard")
+		"a transaction that writes must compare and write within one shard, and read elsewhere after its writes, but "+why+": keys with the same {tag} in their names, such as {user42}/cart and {user42}/name, share a shard")
 }

@@ -32,9 +32,32 @@ func valuesAt(t *testing.T, kv pb.KVServer, revision int64) (map[string]string, 
 	return values, resp.Header.Revision
 }
 
+// valuesInTxn is valuesAt by a transaction.
+func valuesInTxn(t *testing.T, kv pb.KVServer, revision int64) (map[string]string, int64) {
+	t.Helper()
+	resp, err := kv.Txn(t.Context(), &pb.TxnRequest{Success: []*pb.RequestOp{
+		readOp(&pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte("h"), Revision: revision}),
+		readOp(&pb.RangeRequest{Key: []byte("h"), RangeEnd: []byte{0}, Revision: revision}),
+	}})
+	if err != nil {
+		t.Error(err)
+		return nil, 0
+	}
+	values := make(map[string]string)
+	for _, op := range resp.Responses {
+		for _, kv := range op.GetResponseRange().Kvs {
+			values[string(kv.Key)] = string(kv.Value)
+		}
+	}
+	return values, resp.Header.Revision
+}
+
+// reader is one of these two.
+type reader func(t *testing.T, kv pb.KVServer, revision int64) (values map[string]string, at int64)
+
 // A write that has its revision when a read begins, and is not yet in the log,
 // must not appear below the revision that the read has answered at.
-func heldWrite(t *testing.T, plant func(*faults)) (stable bool) {
+func heldWrite(t *testing.T, read reader, plant func(*faults)) (stable bool) {
 	w := newWorld(t, 3, 5, 2, func(c *Config) { plant(&c.faults) })
 	w.put("n1", "before", "1")
 	reserved, release := make(chan struct{}), make(chan struct{})
@@ -55,16 +78,16 @@ func heldWrite(t *testing.T, plant func(*faults)) (stable bool) {
 		}
 	})
 	<-reserved
-	first, at := valuesAt(t, w.kv("n3"), 0)
+	first, at := read(t, w.kv("n3"), 0)
 	close(release)
 	writing.Wait()
-	again, _ := valuesAt(t, w.kv("n1"), at)
+	again, _ := read(t, w.kv("n1"), at)
 	return maps.Equal(first, again) && revision > at
 }
 
 // Writes that come after a read's revision, while it is under way, must not be
 // seen by it.
-func overtakingWrites(t *testing.T, plant func(*faults)) (unseen bool) {
+func overtakingWrites(t *testing.T, read reader, plant func(*faults)) (unseen bool) {
 	w := newWorld(t, 3, 5, 2, func(c *Config) { plant(&c.faults) })
 	for _, group := range w.groups {
 		w.put("n1", w.keyIn(group, "k"), "old")
@@ -77,7 +100,7 @@ func overtakingWrites(t *testing.T, plant func(*faults)) (unseen bool) {
 		}
 		least.CompareAndSwap(0, resp.Header.Revision)
 	}
-	values, at := valuesAt(t, w.kv("n3"), 0)
+	values, at := read(t, w.kv("n3"), 0)
 	for _, value := range values {
 		if value != "old" {
 			return false
@@ -88,7 +111,7 @@ func overtakingWrites(t *testing.T, plant func(*faults)) (unseen bool) {
 
 // A read must see what was acknowledged before it began, whatever other reads
 // are under way.
-func lateReader(t *testing.T, plant func(*faults)) (seen bool) {
+func lateReader(t *testing.T, read reader, plant func(*faults)) (seen bool) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 3, 5, 2, func(c *Config) { plant(&c.faults) })
 		asked, release := make(chan struct{}), make(chan struct{})
@@ -100,11 +123,11 @@ func lateReader(t *testing.T, plant func(*faults)) (seen bool) {
 			})
 		}
 		var reading sync.WaitGroup
-		reading.Go(func() { valuesAt(t, w.kv("n3"), 0) })
+		reading.Go(func() { read(t, w.kv("n3"), 0) })
 		<-asked
 		w.put("n1", "k", "v")
 		reading.Go(func() {
-			values, _ := valuesAt(t, w.kv("n3"), 0)
+			values, _ := read(t, w.kv("n3"), 0)
 			seen = values["k"] == "v"
 		})
 		synctest.Wait() // until both wait
@@ -115,31 +138,64 @@ func lateReader(t *testing.T, plant func(*faults)) (seen bool) {
 }
 
 func TestReadsOfAllShardsAreSnapshots(t *testing.T) {
+	const rangeFault = "the header is some shard's" // a transaction takes none of a shard
 	none := func(*faults) {}
 	for name, test := range map[string]struct {
-		run    func(*testing.T, func(*faults)) bool
+		run    func(*testing.T, reader, func(*faults)) bool
 		faults map[string]func(*faults)
 	}{
 		"a held write": {heldWrite, map[string]func(*faults){
 			"gates are skipped": func(f *faults) { f.skipGates = true },
 		}},
 		"overtaking writes": {overtakingWrites, map[string]func(*faults){
-			"the newest is read":         func(f *faults) { f.readNewest = true },
-			"the header is some shard's": func(f *faults) { f.shardHeader = true },
-			"a group is missed":          func(f *faults) { f.missShard = true },
+			"the newest is read": func(f *faults) { f.readNewest = true },
+			rangeFault:           func(f *faults) { f.shardHeader = true },
+			"a group is missed":  func(f *faults) { f.missShard = true },
 		}},
 		"a late reader": {lateReader, map[string]func(*faults){
 			"joins what is under way": func(f *faults) { f.joinBegunCut = true },
 		}},
 	} {
-		t.Run(name, func(t *testing.T) {
-			if !test.run(t, none) {
-				t.Fatal("not a snapshot")
-			}
-			for fault, plant := range test.faults {
-				if test.run(t, plant) {
-					t.Errorf("fault %q does not show", fault)
+		for by, read := range map[string]reader{"range": valuesAt, "transaction": valuesInTxn} {
+			t.Run(name+"/"+by, func(t *testing.T) {
+				if !test.run(t, read, none) {
+					t.Fatal("not a snapshot")
 				}
+				for fault, plant := range test.faults {
+					if fault == rangeFault && by != "range" {
+						continue
+					}
+					if test.run(t, read, plant) {
+						t.Errorf("fault %q does not show", fault)
+					}
+				}
+			})
+		}
+	}
+}
+
+// Writes that come after a transaction's revision, while it is under way, must
+// not be what it compares.
+func TestComparesOfAllShardsAreOfOneMoment(t *testing.T) {
+	for name, test := range map[string]struct {
+		plant func(*faults)
+		holds bool
+	}{
+		"at the cut":         {func(*faults) {}, true},
+		"the newest is read": {func(f *faults) { f.readNewest = true }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, 3, 5, 2, func(c *Config) { test.plant(&c.faults) })
+			txn := &pb.TxnRequest{}
+			for _, group := range w.groups {
+				key := w.keyIn(group, "k")
+				w.put("n1", key, "old")
+				txn.Compare = append(txn.Compare, &pb.Compare{Key: []byte(key), Target: pb.Compare_VALUE, TargetUnion: &pb.Compare_Value{Value: []byte("old")}})
+			}
+			w.onGate = func(group uint64, _ int64) { w.put("n2", w.keyIn(group, "k"), "new") }
+			resp, err := w.kv("n3").Txn(t.Context(), txn)
+			if err != nil || resp.Succeeded != test.holds {
+				t.Fatalf("%v, %v", resp, err)
 			}
 		})
 	}
@@ -252,6 +308,11 @@ func TestSnapshotsUnderWritesAndFailures(t *testing.T) {
 
 // A compaction between a read's revision and its answer makes it read again.
 func TestReadOvertakenByCompaction(t *testing.T) {
+	t.Run("range", func(t *testing.T) { readOvertakenByCompaction(t, valuesAt) })
+	t.Run("transaction", func(t *testing.T) { readOvertakenByCompaction(t, valuesInTxn) })
+}
+
+func readOvertakenByCompaction(t *testing.T, read reader) {
 	w := newWorld(t, 3, 5, 2, nil)
 	key := w.keyIn(2, "k")
 	w.put("n1", key, "1")
@@ -270,7 +331,7 @@ func TestReadOvertakenByCompaction(t *testing.T) {
 			}
 		})
 	}
-	values, at := valuesAt(t, w.kv("n3"), 0)
+	values, at := read(t, w.kv("n3"), 0)
 	if values[key] != "3" || at < 6 {
 		t.Fatalf("%v at %d", values, at)
 	}

@@ -12,6 +12,99 @@ import (
 	"kvd/fsm"
 )
 
+// txnAcross executes a transaction whose keys are not all in one group, or
+// refuses it.
+func (s *kv) txnAcross(ctx context.Context, t *pb.TxnRequest, refused error) (*pb.TxnResponse, error) {
+	if reasonOf(refused) != ReasonCrossShard {
+		return nil, refused
+	}
+	if isReadOnly(t) {
+		return s.readTxnAcross(ctx, t)
+	}
+	if split, ok := s.router.span(t); ok {
+		return s.txnSpanning(ctx, split)
+	}
+	return nil, refused
+}
+
+// readTxnAcross answers a transaction that only reads, all of it at one cut:
+// also if it asks for serializable reads, since a cut is the only moment that
+// several groups have in common.
+func (s *kv) readTxnAcross(ctx context.Context, t *pb.TxnRequest) (*pb.TxnResponse, error) {
+	for {
+		c, err := s.router.cuts.take(ctx)
+		if err != nil {
+			return nil, err
+		}
+		resp, err := s.txnIn(ctx, c, t)
+		switch {
+		case err == nil:
+			return resp, nil
+		case !errors.Is(err, fsm.ErrCompacted) || ctx.Err() != nil:
+			return nil, refusal(err)
+		}
+		s.router.metrics.retries.Inc() // as in rangeSharded
+	}
+}
+
+// txnIn answers a transaction that only reads, at a cut.
+func (s *kv) txnIn(ctx context.Context, c *cut, t *pb.TxnRequest) (*pb.TxnResponse, error) {
+	meter := &sharedMeter{meter: s.router.answers.meter()}
+	defer meter.meter.release()
+	resp, ops := &pb.TxnResponse{Header: &pb.ResponseHeader{Revision: c.revision}, Succeeded: true}, t.Success
+	for _, compare := range t.Compare {
+		holds, err := s.holdsIn(ctx, c, compare)
+		if err != nil {
+			return nil, err
+		}
+		if !holds {
+			resp.Succeeded, ops = false, t.Failure
+			break
+		}
+	}
+	for _, op := range ops {
+		answer, err := s.rangeIn(ctx, c, op.GetRequestRange(), meter)
+		if err != nil {
+			return nil, err
+		}
+		resp.Responses = append(resp.Responses, rangeResponseOp(answer))
+	}
+	return resp, nil
+}
+
+func rangeResponseOp(r *pb.RangeResponse) *pb.ResponseOp {
+	return &pb.ResponseOp{Response: &pb.ResponseOp_ResponseRange{ResponseRange: r}}
+}
+
+// holdsIn evaluates a compare at a cut.
+func (s *kv) holdsIn(ctx context.Context, c *cut, compare *pb.Compare) (bool, error) {
+	meter := &sharedMeter{meter: s.router.answers.meter()}
+	defer meter.meter.release()
+	resp, err := s.rangeIn(ctx, c, &pb.RangeRequest{Key: compare.Key, RangeEnd: compare.RangeEnd, KeysOnly: fsm.ComparesKeysOnly(compare)}, meter)
+	return err == nil && fsm.Holds(compare, resp.Kvs), err
+}
+
+// rangeIn answers a range of a transaction at a cut. That what is read at the
+// cut's own revision has been compacted, and fsm.ErrCompacted comes back, is
+// not the client's fault.
+func (s *kv) rangeIn(ctx context.Context, c *cut, r *pb.RangeRequest, meter *sharedMeter) (*pb.RangeResponse, error) {
+	if r.Revision < 0 { // other than outside of transactions, as in etcd
+		return nil, refusal(fsm.ErrCompacted)
+	}
+	sources, err := s.router.sourcesIn(c, r)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := rangeOf(ctx, r, sources, meter)
+	switch {
+	case err == nil:
+		resp.Header.Revision = c.revision
+	case r.Revision > 0:
+		err = refusal(err)
+	}
+	return resp, err
+}
+
 // spanning is a transaction of one group that also reads keys of others, as
 // the locks of etcd's clients do. Its group executes it without these reads, at
 // a revision that nothing else in the key space has; they are read at that
@@ -131,18 +224,28 @@ func (s *kv) txnSpanning(ctx context.Context, t *spanning) (*pb.TxnResponse, err
 	if err != nil {
 		return nil, err
 	}
-	for i, read := range t.left[resp.Succeeded] {
+	left := t.left[resp.Succeeded]
+	if len(left) == 0 {
+		return resp, nil
+	}
+	c, err := s.router.cuts.take(ctx)
+	if err != nil {
+		return nil, executed(err)
+	}
+	meter := &sharedMeter{meter: s.router.answers.meter()}
+	defer meter.meter.release()
+	for i, read := range left {
 		at := sameKeys(read)
-		at.Revision, at.Serializable = resp.Header.Revision, false
+		at.Revision = resp.Header.Revision
 		if s.router.cfg.faults.readAfterTxn {
 			at.Revision = 0
 		}
-		answer, err := s.rangeSharded(ctx, at)
+		answer, err := s.rangeIn(ctx, c, at, meter)
 		if err != nil {
-			return nil, executed(err)
+			return nil, executed(refusal(err))
 		}
 		answer.Header.Revision = resp.Header.Revision
-		resp.Responses[i] = &pb.ResponseOp{Response: &pb.ResponseOp_ResponseRange{ResponseRange: answer}}
+		resp.Responses[i] = rangeResponseOp(answer)
 	}
 	return resp, nil
 }

@@ -59,26 +59,57 @@ func (g *generator) next(nodes int) call {
 	} else {
 		c = g.call()
 	}
-	if t, ok := c.request.(*pb.TxnRequest); ok {
+	if t, ok := c.request.(*pb.TxnRequest); ok && g.tag != "" {
 		g.confine(t)
 	}
 	c.node = g.rng.IntN(nodes)
 	return c
 }
 
-// confine keeps a transaction within the keys with the tag: in its ranges are no others.
+// confine keeps a transaction within the keys with the tag: in its ranges are no others. Those that may read other shards
+// stay as they are: of a transaction that only reads, and after all that one compares and writes.
 func (g *generator) confine(t *pb.TxnRequest) {
+	if readsOnly(t) {
+		for _, op := range slices.Concat(t.Success, t.Failure) {
+			if r := op.GetRequestRange(); r.Revision == -1 && g.compacted < 0 {
+				r.Revision = 0 // README.md
+			}
+		}
+		return
+	}
+	for _, branch := range [][]*pb.RequestOp{t.Success, t.Failure} {
+		for i, op := range branch {
+			r := op.GetRequestRange()
+			if r == nil || r.Revision != 0 || len(t.Compare) == 0 || !allReads(branch[i:]) {
+				g.confineOp(op)
+			}
+		}
+	}
+	g.confineCompares(t)
+}
+
+func readsOnly(t *pb.TxnRequest) bool { return allReads(t.Success) && allReads(t.Failure) }
+
+func allReads(ops []*pb.RequestOp) bool {
+	return !slices.ContainsFunc(ops, func(op *pb.RequestOp) bool { return op.GetRequestRange() == nil })
+}
+
+func (g *generator) confineCompares(t *pb.TxnRequest) {
 	for _, c := range t.Compare {
 		c.Key, c.RangeEnd = g.tagged(c.Key, c.RangeEnd)
 	}
-	for _, op := range slices.Concat(t.Success, t.Failure) {
-		switch o := op.Request.(type) {
-		case *pb.RequestOp_RequestRange:
-			o.RequestRange.Key, o.RequestRange.RangeEnd = g.tagged(o.RequestRange.Key, o.RequestRange.RangeEnd)
-		case *pb.RequestOp_RequestDeleteRange:
-			o.RequestDeleteRange.Key, o.RequestDeleteRange.RangeEnd = g.tagged(o.RequestDeleteRange.Key, o.RequestDeleteRange.RangeEnd)
-		case *pb.RequestOp_RequestTxn:
-			g.confine(o.RequestTxn)
+}
+
+func (g *generator) confineOp(op *pb.RequestOp) {
+	switch o := op.Request.(type) {
+	case *pb.RequestOp_RequestRange:
+		o.RequestRange.Key, o.RequestRange.RangeEnd = g.tagged(o.RequestRange.Key, o.RequestRange.RangeEnd)
+	case *pb.RequestOp_RequestDeleteRange:
+		o.RequestDeleteRange.Key, o.RequestDeleteRange.RangeEnd = g.tagged(o.RequestDeleteRange.Key, o.RequestDeleteRange.RangeEnd)
+	case *pb.RequestOp_RequestTxn:
+		g.confineCompares(o.RequestTxn)
+		for _, op := range slices.Concat(o.RequestTxn.Success, o.RequestTxn.Failure) {
+			g.confineOp(op)
 		}
 	}
 }
