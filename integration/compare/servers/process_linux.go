@@ -51,6 +51,9 @@ func processCPU(pid int) (time.Duration, error) {
 	return ticks(fields[11:13])
 }
 
+// OwnCPU returns the processor time that this program has used.
+func OwnCPU() (time.Duration, error) { return processCPU(os.Getpid()) }
+
 // MachineCPU returns the processor time that everything on this machine has used since it started.
 func MachineCPU() (time.Duration, error) {
 	stat, err := os.ReadFile("/proc/stat")

@@ -16,6 +16,9 @@ func allocated(info fs.FileInfo) int64 { return info.Size() }
 // CPU is known on Linux only.
 func (c *Cluster) CPU() (time.Duration, error) { return 0, errors.ErrUnsupported }
 
+// OwnCPU is known on Linux only.
+func OwnCPU() (time.Duration, error) { return 0, errors.ErrUnsupported }
+
 // MachineCPU is known on Linux only.
 func MachineCPU() (time.Duration, error) { return 0, errors.ErrUnsupported }
 

@@ -59,6 +59,7 @@ func newComparison(ctx context.Context, dir string, progress io.Writer, o option
 	if o.quick {
 		c.readKeys = 500
 		c.o.rounds, c.o.duration, c.o.keys = 1, 150*time.Millisecond, min(o.keys, minKeys)
+		c.o.watchers, c.o.leases, c.o.ending = min(o.watchers, 200), min(o.leases, 500), min(o.ending, 200)
 	}
 	for _, pkg := range []string{servers.Etcd, servers.KVD, servers.Benchmark, servers.Floor} {
 		if c.binaries[pkg], err = servers.Build(ctx, pkg, dir); err != nil {
@@ -78,7 +79,10 @@ type stage struct {
 }
 
 var stages = []stage{
-	{"loads", []string{"put", "get", "sget", "range", "txn", "tool", "watch"}, []string{etcd, full, consistent, floor}, (*trial).loads},
+	{"loads", []string{"put", "get", "sget", "range", "txn", "tool"}, []string{etcd, full, consistent, floor}, (*trial).loads},
+	{"watch 1", []string{"watch"}, []string{etcd, full, consistent}, (*trial).watchOne},
+	{"watch 2", []string{"watch"}, []string{etcd, full, consistent}, (*trial).watchOwn},
+	{"leases", []string{"lease"}, []string{etcd, full, consistent}, (*trial).leases},
 	{"failover", []string{"failover"}, []string{etcd, full, consistent}, (*trial).failover},
 	{"data", []string{"memory", "restart", "backup", "compaction", "install"}, []string{etcd, full, consistent}, (*trial).data},
 	{"idle", []string{"idle"}, []string{etcd, full, consistent, consistent256}, (*trial).idle},
@@ -86,7 +90,11 @@ var stages = []stage{
 
 func partNames() (names []string) {
 	for _, s := range stages {
-		names = append(names, s.parts...)
+		for _, part := range s.parts {
+			if !slices.Contains(names, part) {
+				names = append(names, part)
+			}
+		}
 	}
 	return names
 }

@@ -95,9 +95,6 @@ func (t *trial) loads(ctx context.Context) error {
 			return err
 		}
 	}
-	if t.chosen["watch"] {
-		return t.watch(ctx)
-	}
 	return nil
 }
 
@@ -159,7 +156,6 @@ type benchResult struct {
 	Start      time.Time
 	Elapsed    float64 `json:"elapsed_seconds"`
 	ClientCPU  float64 `json:"client_cpu_seconds"`
-	Missing    int     `json:"missing_events"`
 	Operations []benchOperation
 	Total      benchOperation
 }

@@ -20,6 +20,9 @@ type options struct {
 	rounds   int
 	only     string
 	keys     int
+	watchers int
+	leases   int
+	ending   int
 	duration time.Duration
 	quick    bool
 
@@ -30,6 +33,9 @@ func (o *options) addFlags(f *flag.FlagSet) {
 	f.IntVar(&o.rounds, "rounds", 5, "`rounds`: each measures every server once, with fresh data")
 	f.StringVar(&o.only, "only", "", "comma-separated `parts` to measure: "+strings.Join(partNames(), ", ")+" (default: all)")
 	f.IntVar(&o.keys, "keys", 1_000_000, "`keys` in the store for memory, disk, restart and disruption")
+	f.IntVar(&o.watchers, "watchers", 10_000, "`watchers` at once, of one key and of a key each")
+	f.IntVar(&o.leases, "leases", 100_000, "`leases` to grant and to keep alive")
+	f.IntVar(&o.ending, "ending", 20_000, "further `leases`, with a key each, that end at once; etcd ends 1000 per second")
 	f.DurationVar(&o.duration, "duration", 3*time.Second, "of each load")
 	f.BoolVar(&o.quick, "quick", false, "only show that it works: 1 round, short and small; the figures mean nothing")
 	f.StringVar(&o.dir, "dir", "", "`directory` for binaries and data (default: the system's for temporary files)")
@@ -43,6 +49,9 @@ func (o *options) validate() error {
 	}
 	if o.keys < minKeys {
 		return fmt.Errorf("-keys must be at least %d", minKeys)
+	}
+	if o.watchers < 1 || o.leases < 1 || o.ending < 1 {
+		return errors.New("-watchers, -leases and -ending must be above 0")
 	}
 	_, err := chosenParts(o.only)
 	return err

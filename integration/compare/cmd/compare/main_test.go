@@ -20,7 +20,7 @@ func TestQuickRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	var out bytes.Buffer
-	o := options{rounds: 1, keys: minKeys, duration: time.Second, quick: true, dir: t.TempDir(), out: file, jsonOut: jsonFile}
+	o := options{rounds: 1, keys: minKeys, watchers: 200, leases: 500, ending: 200, duration: time.Second, quick: true, dir: t.TempDir(), out: file, jsonOut: jsonFile}
 	if err := run(t.Context(), &out, t.Output(), o); err != nil {
 		t.Fatalf("%v\n%s", err, out.Bytes())
 	}
@@ -41,9 +41,6 @@ func TestQuickRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, row := range rows {
-		if row.section == sectionWatch {
-			continue // there if the server has it
-		}
 		i := slices.IndexFunc(report.Rows, func(r rowReport) bool { return r.Key == row.key })
 		for _, server := range []string{etcd, full, consistent} {
 			if i < 0 || len(report.Rows[i].Figures[server]) != 1 {
@@ -217,12 +214,13 @@ func TestReadingsNearestToATimeCount(t *testing.T) {
 }
 
 func TestOptions(t *testing.T) {
-	valid := options{rounds: 1, keys: minKeys, duration: time.Second, only: "put,restart"}
+	valid := options{rounds: 1, keys: minKeys, watchers: 1, leases: 1, ending: 1, duration: time.Second, only: "put,restart"}
 	if err := valid.validate(); err != nil {
 		t.Error(err)
 	}
 	for name, spoil := range map[string]func(*options){
 		"rounds": func(o *options) { o.rounds = 0 }, "keys": func(o *options) { o.keys = 1 },
+		"watchers": func(o *options) { o.watchers = 0 }, "leases": func(o *options) { o.leases = 0 }, "ending": func(o *options) { o.ending = 0 },
 		"duration": func(o *options) { o.duration = 0 }, "only": func(o *options) { o.only = "puts" },
 	} {
 		o := valid

@@ -14,8 +14,8 @@ import (
 func (c *comparison) markdown() string {
 	var s strings.Builder
 	fmt.Fprintf(&s, "Measured %s.\n\n", c.machine)
-	fmt.Fprintf(&s, "%s, %v for each load, %d keys in the store for memory, restart and disruption; it took %v. %s\n",
-		plural(c.o.rounds, "round"), c.o.duration, c.o.keys, c.took.Round(time.Second), c.noise())
+	fmt.Fprintf(&s, "%s, %v for each load, %d keys in the store for memory, restart and disruption, %d watchers, %d leases, and %d that end; it took %v. %s\n",
+		plural(c.o.rounds, "round"), c.o.duration, c.o.keys, c.o.watchers, c.o.leases, c.o.ending, c.took.Round(time.Second), c.noise())
 	if c.o.quick {
 		s.WriteString("\n**A quick run: it shows that everything works, and its figures mean nothing.**\n")
 	}
@@ -228,6 +228,9 @@ type fileReport struct {
 	Rounds   int           `json:"rounds"`
 	Duration time.Duration `json:"load_nanoseconds"`
 	Keys     int           `json:"keys"`
+	Watchers int           `json:"watchers"`
+	Leases   int           `json:"leases"`
+	Ending   int           `json:"leases_that_end"`
 	Quick    bool          `json:"quick"`
 	Seconds  float64       `json:"took_seconds"`
 	Others   []float64     `json:"processors_used_by_others"` // during each load
@@ -266,8 +269,8 @@ func (s spread) report() spreadReport { return spreadReport{s.min(), s.median(),
 // report is everything as JSON has it.
 func (c *comparison) report() fileReport {
 	r := fileReport{
-		Machine: c.machine, Rounds: c.o.rounds, Duration: c.o.duration, Keys: c.o.keys, Quick: c.o.quick,
-		Seconds: c.took.Seconds(), Others: c.others, Failures: c.failures,
+		Machine: c.machine, Rounds: c.o.rounds, Duration: c.o.duration, Keys: c.o.keys, Watchers: c.o.watchers, Leases: c.o.leases,
+		Ending: c.o.ending, Quick: c.o.quick, Seconds: c.took.Seconds(), Others: c.others, Failures: c.failures,
 	}
 	for _, row := range rows {
 		if len(c.figures[row.key]) == 0 {

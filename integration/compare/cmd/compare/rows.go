@@ -1,9 +1,6 @@
 package main
 
-import (
-	"fmt"
-	"strconv"
-)
+import "strconv"
 
 // row is a line of the tables.
 type row struct {
@@ -27,10 +24,11 @@ const (
 	sectionTime     = "How long that takes"
 	sectionIdle     = "Idle"
 	sectionWatch    = "Watch"
+	sectionLease    = "Leases"
 )
 
 var sections = []string{
-	sectionRate, sectionMedian, sectionTail, sectionCPU, sectionClient, sectionTool, sectionWatch,
+	sectionRate, sectionMedian, sectionTail, sectionCPU, sectionClient, sectionTool, sectionWatch, sectionLease,
 	sectionFailure, sectionSize, sectionDisrupts, sectionTime, sectionIdle,
 }
 
@@ -50,12 +48,7 @@ func listRows() []row {
 	all = append(all,
 		row{"tool-put/rate", sectionTool, "put, 100 clients", "1/s", 0},
 		row{"tool-range/rate", sectionTool, "linearizable range of one key, 100 clients", "1/s", 0})
-	for _, w := range watches {
-		all = append(all,
-			row{w.key() + "/p50", sectionWatch, w.title() + ": put to event, median", "ms", 2},
-			row{w.key() + "/p99", sectionWatch, w.title() + ": put to event, 99th percentile", "ms", 2})
-	}
-	all = append(all, row{"watch-fan/rate", sectionWatch, fmt.Sprintf("%d watchers, as many puts as go: events", fanWatchers), "1/s", 0})
+	all = append(append(all, watchRows()...), leaseRows()...)
 	return append(all,
 		row{"failover", sectionFailure, "SIGKILL of the leader to the first successful put", "s", 2},
 		row{"failover-all", sectionFailure, "the same, to a put of each of 32 keys, whatever their shards", "s", 2},
