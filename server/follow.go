@@ -229,14 +229,11 @@ func (w *watches) follower(group uint64) *groupFollower {
 // must not be called by deliver.
 func (w *watches) cancel(id int64) {
 	w.mu.Lock()
-	f := w.byID[id]
-	if f == nil {
-		w.mu.Unlock()
-		return
+	if f := w.byID[id]; f != nil {
+		w.end(f)
 	}
-	w.end(f)
 	var sent chan struct{}
-	if w.sending == f {
+	if w.sending != nil && w.sending.id == id { // it may have ended by itself, and that is being told
 		if w.sent == nil {
 			w.sent = make(chan struct{})
 		}

@@ -992,3 +992,31 @@ func TestProgressDoesNotOvertakeTheEnd(t *testing.T) {
 		}
 	})
 }
+
+// A watch that ends by itself is not told of after it was cancelled, although it is forgotten by then.
+func TestCancelWaitsForTheEndToBeTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1, 2, 1, nil)
+		o := w.watch("n1", watchSpec{key: []byte(w.keyIn(1, "k"))})
+		o.mu.Lock()
+		number, g := o.byID[7].number, o.groups[1]
+		o.mu.Unlock()
+		synctest.Wait()
+		var tasks sync.WaitGroup
+		tasks.Go(func() { _ = g.accept(&batch{deliveries: []fsm.Delivery{{ID: number, Compacted: 1000}}}) })
+		synctest.Wait() // deliver has it, and has not returned
+		cancelled := make(chan struct{})
+		tasks.Go(func() {
+			o.cancel(7)
+			close(cancelled)
+		})
+		synctest.Wait()
+		if isClosed(cancelled) {
+			t.Error("the watch was cancelled while its end was being told")
+		}
+		if d := <-o.deliveries; d.compacted != 1000 {
+			t.Error(d)
+		}
+		tasks.Wait()
+	})
+}
