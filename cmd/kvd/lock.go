@@ -25,8 +25,8 @@ func newLockCommand(client *clientOptions) *cobra.Command {
 		Long: `Wait for a lock, hold it while a command runs, and end with the command's exit code; without a command, print the
 lock's key, and hold it until a signal comes. SIGTERM and Ctrl-C are passed on to the command as SIGTERM.
 
-The lock is bound to a lease of --ttl seconds. If that cannot be renewed, others get the lock: the command is told to
-end, and killed ` + lostGrace.String() + ` later. A process that is stopped for longer than that may not know: let what it writes be
+The lock is bound to a lease of --ttl seconds. If that cannot be renewed, or somebody deletes the lock's key, others get
+the lock: the command is told to end, and killed ` + lostGrace.String() + ` later. A process that is stopped for longer than that may not know: let what it writes be
 checked. The command has
   KVD_LOCK_KEY   the lock's key, which exists as long as the lock is held
   KVD_LOCK_REV   the revision that created it: later holders have greater ones
@@ -82,6 +82,7 @@ type holder struct {
 	session  *concurrency.Session
 	election *concurrency.Election
 	first    *clientv3.GetResponse // shows that the key is the oldest
+	gone     <-chan struct{}       // closed when it is lost
 }
 
 func (h *holder) run() (err error) {
@@ -104,6 +105,7 @@ func (h *holder) run() (err error) {
 	if err := h.acquire(); err != nil {
 		return err
 	}
+	h.watch()
 	if len(h.command) > 0 {
 		return h.runCommand()
 	}
@@ -113,7 +115,7 @@ func (h *holder) run() (err error) {
 	select {
 	case <-h.cmd.Context().Done():
 		return nil
-	case <-h.session.Done():
+	case <-h.gone:
 		return h.lost()
 	}
 }
@@ -177,15 +179,32 @@ func (h *holder) tryAcquire(ctx context.Context) (err error) {
 }
 
 func (h *holder) lost() error {
-	return fmt.Errorf("%s %w: its lease of %d s was revoked or could not be renewed", h.what, errLost, h.ttl)
+	return fmt.Errorf("%s %w: its lease of %d s was revoked or could not be renewed, or its key was deleted", h.what, errLost, h.ttl)
+}
+
+// watch closes gone when the key goes away, or the session ends: when the key's lease could not be renewed, or was
+// released.
+func (h *holder) watch() {
+	gone := make(chan struct{})
+	h.gone = gone
+	deleted := h.etcd.Watch(h.session.Ctx(), h.election.Key(), clientv3.WithRev(h.first.Header.GetRevision()+1), clientv3.WithFilterPut())
+	go func() {
+		defer close(gone)
+		for r := range deleted {
+			if len(r.Events) > 0 {
+				return
+			}
+		}
+		<-h.session.Done()
+	}()
 }
 
 func (h *holder) runCommand() error {
 	run := newCommand(h.cmd, h.command, h.environment())
 	run.Stdin, run.SysProcAttr = h.cmd.InOrStdin(), endWithParent()
-	err := runCommand(h.cmd.Context(), run, h.session.Done())
+	err := runCommand(h.cmd.Context(), run, h.gone)
 	select {
-	case <-h.session.Done():
+	case <-h.gone:
 		return h.lost()
 	default:
 		return err

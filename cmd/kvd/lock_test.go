@@ -104,10 +104,14 @@ func TestLocksAndElections(t *testing.T) {
 			}
 
 			// Who loses it is told.
-			lost := &lineWriter{do: func(key string) { in("lease", "revoke", key[strings.LastIndexByte(key, '/')+1:]) }}
-			var said strings.Builder
-			if code := run(t.Context(), []string{"--endpoints", address, "elect", "e", "me"}, strings.NewReader(""), lost, &said); code != exitFailed || !strings.Contains(said.String(), "the leadership was lost") {
-				t.Errorf("lost: exit code %d, %s", code, said.String())
+			for _, lose := range []func(key string){
+				func(key string) { in("lease", "revoke", key[strings.LastIndexByte(key, '/')+1:]) },
+				func(key string) { in("del", key) },
+			} {
+				var said strings.Builder
+				if code := run(t.Context(), []string{"--endpoints", address, "elect", "e", "me", "--ttl", "3600"}, strings.NewReader(""), &lineWriter{do: lose}, &said); code != exitFailed || !strings.Contains(said.String(), "the leadership was lost") {
+					t.Errorf("lost: exit code %d, %s", code, said.String())
+				}
 			}
 
 			// Listeners see who leads.
