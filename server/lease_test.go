@@ -45,15 +45,15 @@ func TestKeepAliveThatWantsALeader(t *testing.T) {
 
 // What etcd's lease service answers, in one group.
 func TestLeaseAnswers(t *testing.T) {
-	n := startNode(t, nil)
+	n := startNode(t, func(c *Config) { c.MinLeaseTTL = 2000 })
 	c, raw, ctx := n.client(t), pb.NewLeaseClient(n.dial(t)), t.Context()
 
-	chosen, err := c.Grant(ctx, 100)
-	if err != nil || chosen.ID <= 0 || chosen.TTL != 100 || chosen.Revision != 1 || chosen.MemberId != 0xa1 || chosen.RaftTerm != 7 {
+	chosen, err := c.Grant(ctx, 3000)
+	if err != nil || chosen.ID <= 0 || chosen.TTL != 3000 || chosen.Revision != 1 || chosen.MemberId != 0xa1 || chosen.RaftTerm != 7 {
 		t.Fatalf("grant: %v, %v", chosen, err)
 	}
 	short, err := raw.LeaseGrant(ctx, &pb.LeaseGrantRequest{ID: 5, TTL: -1})
-	if err != nil || short.ID != 5 || short.TTL != 2 {
+	if err != nil || short.ID != 5 || short.TTL != 2000 {
 		t.Fatalf("grant: %v, %v", short, err)
 	}
 	for name, test := range map[string]struct {
@@ -77,7 +77,7 @@ func TestLeaseAnswers(t *testing.T) {
 		}
 	}
 	left, err := c.TimeToLive(ctx, chosen.ID, clientv3.WithAttachedKeys())
-	if err != nil || left.TTL > 100 || left.TTL < 90 || left.GrantedTTL != 100 || fmt.Sprintf("%s", left.Keys) != "[a b]" || left.Revision != 3 {
+	if err != nil || left.TTL > 3000 || left.TTL < 2000 || left.GrantedTTL != 3000 || fmt.Sprintf("%s", left.Keys) != "[a b]" || left.Revision != 3 {
 		t.Fatalf("time to live: %v, %v", left, err)
 	}
 	if left, err := c.TimeToLive(ctx, 6); err != nil || left.TTL != -1 || left.GrantedTTL != 0 || left.ID != 6 || left.Revision != 3 {
@@ -107,7 +107,7 @@ func TestKeepAliveStreams(t *testing.T) {
 	}
 	const leases = 2 * maxRenewals
 	for id := range leases {
-		if _, err := n.Lease().LeaseGrant(ctx, &pb.LeaseGrantRequest{ID: int64(id + 1), TTL: int64(60 + id)}); err != nil {
+		if _, err := n.Lease().LeaseGrant(ctx, &pb.LeaseGrantRequest{ID: int64(id + 1), TTL: int64(6000 + id)}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -121,7 +121,7 @@ func TestKeepAliveStreams(t *testing.T) {
 		_ = stream.CloseSend()
 	})
 	for id := range leases + 1 {
-		want := int64(60 + id - 1)
+		want := int64(6000 + id - 1)
 		if id == 0 {
 			want = 0 // there is no such lease
 		}
@@ -130,7 +130,7 @@ func TestKeepAliveStreams(t *testing.T) {
 		}
 	}
 	sending.Wait()
-	session, err := concurrency.NewSession(c, concurrency.WithTTL(5))
+	session, err := concurrency.NewSession(c, concurrency.WithTTL(600))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,7 +217,7 @@ func (s *fakeShard) newest(t testing.TB) *fsm.Store {
 func TestALeaseHasKeysInAllShards(t *testing.T) {
 	w := newWorld(t, 4, 5, 2, nil)
 	ctx := t.Context()
-	w.grant(7, 60)
+	w.grant(7, 6000)
 	var keys []string
 	for i, group := range w.groups {
 		key := w.keyIn(group, "k")
@@ -238,7 +238,7 @@ func TestALeaseHasKeysInAllShards(t *testing.T) {
 	slices.Sort(keys)
 	for _, node := range w.nodes {
 		resp, err := w.lease(node).LeaseTimeToLive(ctx, &pb.LeaseTimeToLiveRequest{ID: 7, Keys: true})
-		if err != nil || resp.TTL < 50 || resp.GrantedTTL != 60 {
+		if err != nil || resp.TTL < 5000 || resp.GrantedTTL != 6000 {
 			t.Fatal(resp, err)
 		}
 		var got []string
@@ -510,7 +510,7 @@ func TestCheckpointsOutliveLeaders(t *testing.T) {
 // An expiry that was decided is not carried out on the next lease of the same id, nor in another term.
 func TestAnExpiryIsForOneLeaseInOneTerm(t *testing.T) {
 	w := newWorld(t, 2, 1, 2, nil)
-	w.grant(7, 60)
+	w.grant(7, 6000)
 	s := w.homeOf(7)
 	info, _ := s.newest(t).Lease(7)
 	lead := s.replicas[s.leader]
@@ -522,7 +522,7 @@ func TestAnExpiryIsForOneLeaseInOneTerm(t *testing.T) {
 	if _, err := w.lease("n2").LeaseRevoke(t.Context(), &pb.LeaseRevokeRequest{ID: 7}); err != nil {
 		t.Fatal(err)
 	}
-	w.grant(7, 60)
+	w.grant(7, 6000)
 	if err := g.decide(old); !errors.Is(err, fsm.ErrLeaseNotFound) {
 		t.Fatal("the next lease of the same id ends with the last one:", err)
 	}

@@ -36,26 +36,23 @@ func inBothStrategies(t *testing.T, test func(t *testing.T, servers []*Server)) 
 
 // replicate lets all replicas apply what is written, soon.
 func (w *world) replicate() {
-	written, done := make(chan struct{}, 1), make(chan struct{})
-	w.onWritten = func(uint64, int64, []byte) {
-		select {
-		case written <- struct{}{}:
-		default:
-		}
-	}
+	written, stop, done := make(chan struct{}, 1), make(chan struct{}), make(chan struct{})
+	w.onWritten = func(uint64, int64, []byte) { signalOnce(written) }
 	go func() {
 		defer close(done)
-		for range written {
+		for {
+			select {
+			case <-written:
+			case <-stop:
+				return
+			}
 			for _, s := range w.shards {
 				s.applyAll(w.t)
 			}
 		}
 	}()
 	w.t.Cleanup(func() { // before the servers close
-		w.inTurn.Lock()
-		defer w.inTurn.Unlock()
-		w.onWritten = func(uint64, int64, []byte) {}
-		close(written)
+		close(stop)
 		<-done
 	})
 }
@@ -78,7 +75,7 @@ func way(servers []*Server, i int) *grpc.ClientConn { return servers[i%len(serve
 
 func grantLease(t *testing.T, servers []*Server, id int64) {
 	t.Helper()
-	if _, err := servers[0].Lease().LeaseGrant(t.Context(), &pb.LeaseGrantRequest{ID: id, TTL: 60}); err != nil {
+	if _, err := servers[0].Lease().LeaseGrant(t.Context(), &pb.LeaseGrantRequest{ID: id, TTL: 6000}); err != nil {
 		t.Fatal(err)
 	}
 }

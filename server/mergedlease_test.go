@@ -69,9 +69,9 @@ func TestBackupHasTheLeasesOfAllShards(t *testing.T) {
 	n := 4 * leasesPerPage // more than a page in each shard
 	for i := range n {
 		id := int64(i + 1)
-		w.command(w.Lease(id), &pb.InternalRaftRequest{LeaseGrant: &pb.LeaseGrantRequest{ID: id, TTL: 99 + id}})
+		w.command(w.Lease(id), &pb.InternalRaftRequest{LeaseGrant: &pb.LeaseGrantRequest{ID: id, TTL: 9900 + id}})
 	}
-	w.command(w.Lease(22), &pb.InternalRaftRequest{LeaseCheckpoint: &pb.LeaseCheckpointRequest{Checkpoints: []*pb.LeaseCheckpoint{{ID: 22, Remaining_TTL: 5}}}})
+	w.command(w.Lease(22), &pb.InternalRaftRequest{LeaseCheckpoint: &pb.LeaseCheckpointRequest{Checkpoints: []*pb.LeaseCheckpoint{{ID: 22, Remaining_TTL: 5000}}}})
 	keys := map[int64][]string{}
 	for i := range 200 {
 		key, lease := fmt.Sprintf("k%03d", i), int64(i%20+1)
@@ -105,12 +105,12 @@ func TestBackupHasTheLeasesOfAllShards(t *testing.T) {
 		t.Fatalf("%d leases, want %d", len(all), n-1)
 	}
 	for _, got := range all {
-		want := fsm.LeaseInfo{ID: got.ID, TTL: 99 + got.ID, Incarnation: meta.Revision, Home: true, Keys: len(keys[got.ID])}
+		want := fsm.LeaseInfo{ID: got.ID, TTL: 9900 + got.ID, Incarnation: meta.Revision, Home: true, Keys: len(keys[got.ID])}
 		switch got.ID {
 		case ending:
 			want.TTL = 60 // whatever it was
 		case 22:
-			want.Remaining = 5
+			want.Remaining = 5000
 		}
 		if !reflect.DeepEqual(got, want) {
 			t.Errorf("%+v, want %+v", got, want)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -9,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"kvd/node"
@@ -16,6 +18,19 @@ import (
 
 // startRealNode runs a cluster of one node in this process, and returns its client address.
 func startRealNode(t *testing.T, strategy string) string {
+	t.Helper()
+	for {
+		client, err := tryRealNode(t, strategy)
+		switch {
+		case err == nil:
+			return client
+		case !errors.Is(err, syscall.EADDRINUSE): // else somebody has got a port that was free
+			t.Fatal(err)
+		}
+	}
+}
+
+func tryRealNode(t *testing.T, strategy string) (client string, err error) {
 	t.Helper()
 	address := func() string {
 		listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -25,7 +40,7 @@ func startRealNode(t *testing.T, strategy string) string {
 		defer listener.Close()
 		return listener.Addr().String()
 	}
-	client := address()
+	client = address()
 	args := []string{"--data-dir", filepath.Join(t.TempDir(), "n1"), "--strategy", strategy, "--listen-client", client, "--listen-peer", address(), "--listen-http", "none"}
 	if strategy == node.StrategyConsistent {
 		args = append(args, "--shards", "4")
@@ -41,7 +56,7 @@ func startRealNode(t *testing.T, strategy string) string {
 	cfg.Logger = slog.New(slog.DiscardHandler)
 	n, err := node.Start(t.Context(), cfg)
 	if err != nil {
-		t.Fatal(err)
+		return "", err
 	}
 	t.Cleanup(func() {
 		if err := n.Close(); err != nil {
@@ -49,7 +64,7 @@ func startRealNode(t *testing.T, strategy string) string {
 		}
 	})
 	<-n.Ready()
-	return client
+	return client, nil
 }
 
 // lineWriter calls do with the first line.

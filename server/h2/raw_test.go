@@ -32,7 +32,7 @@ func (r *rig) raw(t testing.TB, settings ...http2.Setting) *raw {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	if err := c.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(5 * time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	w := &raw{Framer: http2.NewFramer(c, c), t: t, conn: c}
@@ -362,7 +362,7 @@ func TestCallsAreBounded(t *testing.T) {
 // Requests that do not arrive end, and clients that are gone are found out.
 func TestSlowClients(t *testing.T) {
 	r := newRig(t, echo, func(c *Config) {
-		c.ReceiveTimeout, c.IdleTimeout, c.AnswerTimeout, c.HandshakeTimeout = 50*time.Millisecond, 400*time.Millisecond, 200*time.Millisecond, 100*time.Millisecond
+		c.ReceiveTimeout, c.IdleTimeout, c.AnswerTimeout = 50*time.Millisecond, 400*time.Millisecond, 200*time.Millisecond
 	})
 	w := r.raw(t)
 	w.headers(1)
@@ -387,6 +387,7 @@ func TestSlowClients(t *testing.T) {
 	if how, _ := w.outcome(99); how != "closed" {
 		t.Errorf("a client that does not answer: %s", how)
 	}
+	r = newRig(t, echo, func(c *Config) { c.HandshakeTimeout = 100 * time.Millisecond })
 	c, err := net.Dial("tcp", r.address)
 	if err != nil {
 		t.Fatal(err)
