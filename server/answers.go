@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/mem"
@@ -73,6 +74,11 @@ type codec struct {
 func newCodec(a *answers) codec { return codec{encoding.GetCodecV2(proto.Name), a} }
 
 func (c codec) Marshal(v any) (mem.BufferSlice, error) {
+	if answer, ok := v.(*pb.WatchResponse); ok {
+		if size := sizeWatchResponse(answer); size <= freeAnswerBytes && watchResponseIsKnown(answer) {
+			return mem.BufferSlice{mem.SliceBuffer(appendWatchResponse(make([]byte, 0, size), answer))}, nil
+		}
+	}
 	message, ok := v.(protobuf.Message)
 	if !ok {
 		return c.CodecV2.Marshal(v)

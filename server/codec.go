@@ -9,7 +9,7 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// The messages of puts and gets are encoded and decoded by hand: reflection costs more than all else that is done with
+// The messages of puts, gets and events are encoded and decoded by hand: reflection costs more than all else that is done with
 // most of them. What is encoded here is what proto.Marshal makes of it, byte by byte, as long as a message has no unknown
 // fields, which those made here do not; what is decoded here is what proto.Unmarshal makes of it, and whatever has
 // anything unknown is left to that.
@@ -234,6 +234,67 @@ func appendRangeResponse(b []byte, r *pb.RangeResponse) []byte {
 	}
 	b = appendInteger(b, 3, boolInteger(r.More))
 	return appendInteger(b, 4, uint64(r.Count))
+}
+
+// watchResponseIsKnown reports whether a response can be encoded here. Events that another node has sent may have more.
+func watchResponseIsKnown(r *pb.WatchResponse) bool {
+	for _, e := range r.Events {
+		if hasUnknown(e) || e.Kv != nil && hasUnknown(e.Kv) || e.PrevKv != nil && hasUnknown(e.PrevKv) {
+			return false
+		}
+	}
+	return !hasUnknown(r)
+}
+
+func sizeWatchResponse(r *pb.WatchResponse) int {
+	size := sizeInteger(uint64(r.WatchId)) + sizeInteger(boolInteger(r.Created)) + sizeInteger(boolInteger(r.Canceled)) +
+		sizeInteger(uint64(r.CompactRevision)) + sizeInteger(boolInteger(r.Fragment))
+	if r.Header != nil {
+		size += 1 + protowire.SizeBytes(sizeHeader(r.Header))
+	}
+	if len(r.CancelReason) > 0 {
+		size += 1 + protowire.SizeBytes(len(r.CancelReason))
+	}
+	for _, e := range r.Events {
+		size += 1 + protowire.SizeBytes(sizeWireEvent(e))
+	}
+	return size
+}
+
+// sizeWireEvent is what an event takes as a message, without its own size.
+func sizeWireEvent(e *mvccpb.Event) int {
+	size := sizeInteger(uint64(e.Type))
+	if e.Kv != nil {
+		size += 1 + protowire.SizeBytes(sizeKeyValue(e.Kv))
+	}
+	if e.PrevKv != nil {
+		size += 1 + protowire.SizeBytes(sizeKeyValue(e.PrevKv))
+	}
+	return size
+}
+
+// appendWatchResponse appends a response without unknown fields.
+func appendWatchResponse(b []byte, r *pb.WatchResponse) []byte {
+	b = appendHeader(b, r.Header)
+	b = appendInteger(b, 2, uint64(r.WatchId))
+	b = appendInteger(b, 3, boolInteger(r.Created))
+	b = appendInteger(b, 4, boolInteger(r.Canceled))
+	b = appendInteger(b, 5, uint64(r.CompactRevision))
+	if len(r.CancelReason) > 0 {
+		b = append(appendSize(b, 6, len(r.CancelReason)), r.CancelReason...)
+	}
+	b = appendInteger(b, 7, boolInteger(r.Fragment))
+	for _, e := range r.Events {
+		b = appendSize(b, 11, sizeWireEvent(e))
+		b = appendInteger(b, 1, uint64(e.Type))
+		if e.Kv != nil {
+			b = appendKeyValue(b, 2, e.Kv)
+		}
+		if e.PrevKv != nil {
+			b = appendKeyValue(b, 3, e.PrevKv)
+		}
+	}
+	return b
 }
 
 func boolInteger(v bool) uint64 {

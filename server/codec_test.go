@@ -51,6 +51,24 @@ func (g *messages) get() *pb.RangeRequest {
 	}
 }
 
+func (g *messages) watchResponse() *pb.WatchResponse {
+	r := &pb.WatchResponse{
+		Header: g.header(), WatchId: g.int(), Created: g.bool(), Canceled: g.bool(), CompactRevision: g.int(),
+		CancelReason: []string{"", "why"}[g.IntN(2)], Fragment: g.bool(),
+	}
+	for range g.IntN(4) {
+		e := &mvccpb.Event{Type: mvccpb.Event_EventType(g.IntN(2))}
+		if g.bool() {
+			e.Kv = g.kv()
+		}
+		if g.bool() {
+			e.PrevKv = g.kv()
+		}
+		r.Events = append(r.Events, e)
+	}
+	return r
+}
+
 // messages are random.
 type messages struct{ *rand.Rand }
 
@@ -80,6 +98,10 @@ func TestEncoding(t *testing.T) {
 		}
 		if got, want := appendRangeResponse([]byte("x"), get)[1:], encoded(t, get); !bytes.Equal(got, want) {
 			t.Fatalf("%v: %x, want %x", get, got, want)
+		}
+		events := g.watchResponse()
+		if got, want := appendWatchResponse([]byte("x"), events)[1:], encoded(t, events); !bytes.Equal(got, want) || len(got) != sizeWatchResponse(events) {
+			t.Fatalf("%v: %x of %d bytes, want %x", events, got, sizeWatchResponse(events), want)
 		}
 		request := g.put()
 		want := encoded(t, &pb.InternalRaftRequest{Put: request})
@@ -149,5 +171,52 @@ func TestForwardedPuts(t *testing.T) {
 		if got := checkForwarded(b); (got != nil) != (want != nil) {
 			t.Fatalf("%v: %v, want %v", r, got, want)
 		}
+	}
+}
+
+// TestAnswersOfLaterVersions: what an event of another node has besides is passed on.
+func TestAnswersOfLaterVersions(t *testing.T) {
+	c := newCodec(&answers{max: 1})
+	for _, r := range []*pb.WatchResponse{
+		{WatchId: 1, Events: []*mvccpb.Event{{}, {Kv: &mvccpb.KeyValue{Key: []byte("k")}, PrevKv: &mvccpb.KeyValue{Key: []byte("k")}}}},
+		{WatchId: 2},
+	} {
+		unknown := protowire.AppendVarint(protowire.AppendTag(nil, 99, protowire.VarintType), 1)
+		messages := []proto.Message{r}
+		for _, e := range r.Events {
+			messages = append(messages, e)
+			if e.Kv != nil {
+				messages = append(messages, e.Kv, e.PrevKv)
+			}
+		}
+		for _, m := range append([]proto.Message{nil}, messages...) {
+			if m != nil {
+				m.ProtoReflect().SetUnknown(unknown)
+			}
+			got, err := c.Marshal(r)
+			if want := encoded(t, r); err != nil || !bytes.Equal(got.Materialize(), want) {
+				t.Errorf("%v: %x, %v; want %x", r, got.Materialize(), err, want)
+			}
+			if m != nil {
+				m.ProtoReflect().SetUnknown(nil)
+			}
+		}
+	}
+}
+
+// BenchmarkEventAnswers encodes what each watcher of a key is told of a put.
+func BenchmarkEventAnswers(b *testing.B) {
+	answer := &pb.WatchResponse{
+		Header: &pb.ResponseHeader{ClusterId: 1 << 60, MemberId: 1 << 61, Revision: 1 << 20, RaftTerm: 2}, WatchId: 77,
+		Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: make([]byte, 16), Value: make([]byte, 256), CreateRevision: 2, ModRevision: 1 << 20, Version: 300}}},
+	}
+	c := newCodec(&answers{max: 1})
+	b.ReportAllocs()
+	for b.Loop() {
+		encoded, err := c.Marshal(answer)
+		if err != nil {
+			b.Fatal(err)
+		}
+		encoded.Free()
 	}
 }
