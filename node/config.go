@@ -15,6 +15,7 @@ import (
 	"kvd/placement"
 	"kvd/placement/sequencer"
 	"kvd/ring"
+	"kvd/server"
 	"kvd/shard"
 	"kvd/shard/wal/vfs"
 	"kvd/transport"
@@ -32,6 +33,13 @@ const (
 	DefaultReplicationFactor = 3
 	DefaultDownAfter         = 30 * time.Second
 	MinDownAfter             = 2 * time.Second // nodes report once a second
+)
+
+// Bounds of MaxRequestBytes: kvd's own commands have to fit, and a group takes
+// entries of up to 16 MiB.
+const (
+	MinMaxRequestBytes = 256
+	MaxMaxRequestBytes = 10 << 20
 )
 
 // Network is how nodes reach each other; the default is TCP.
@@ -85,6 +93,8 @@ type Config struct {
 	WatchProgressInterval time.Duration
 	// GRPCServer is GRPCServerKVD, the default, or GRPCServerGo.
 	GRPCServer string
+	// What one request of this node's clients may have; server's defaults.
+	MaxRequestBytes, MaxTxnOps int
 
 	Version     string
 	Logger      *slog.Logger
@@ -131,6 +141,8 @@ func (c *Config) setDefaults() {
 	setDefault(&c.HeartbeatTimeout, time.Second)
 	setDefault(&c.ElectionTimeout, max(time.Second, c.HeartbeatTimeout))
 	setDefault(&c.GRPCServer, GRPCServerKVD)
+	setDefault(&c.MaxRequestBytes, server.DefaultMaxRequestBytes)
+	setDefault(&c.MaxTxnOps, server.DefaultMaxTxnOps)
 	setDefault(&c.MinDiskFree, 256<<20)
 	setDefault(&c.Version, "dev")
 	if c.Logger == nil {
@@ -174,6 +186,10 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("--election-timeout: %v is below --heartbeat-timeout %v", c.ElectionTimeout, c.HeartbeatTimeout)
 	case c.WatchProgressInterval < 0:
 		return errors.New("--watch-progress-notify-interval: must not be negative")
+	case c.MaxRequestBytes < MinMaxRequestBytes || c.MaxRequestBytes > MaxMaxRequestBytes:
+		return fmt.Errorf("--max-request-bytes: %d is not between %d and %d", c.MaxRequestBytes, MinMaxRequestBytes, MaxMaxRequestBytes)
+	case c.MaxTxnOps < 1 || c.MaxTxnOps > server.MaxMaxTxnOps:
+		return fmt.Errorf("--max-txn-ops: %d is not between 1 and %d", c.MaxTxnOps, server.MaxMaxTxnOps)
 	case c.SnapshotBytes < 0:
 		return errors.New("--snapshot-bytes: must not be negative")
 	case c.TrailingEntries > shard.MaxTrailingEntries:

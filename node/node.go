@@ -172,6 +172,7 @@ func (n *Node) connect(l *listeners) error {
 		NoSpace:      newDiskGuard(n.log, n.cfg.DataDir, n.freeBytes, n.cfg.MinDiskFree).full,
 		TLS:          clientTLS,
 
+		MaxRequestBytes: n.cfg.MaxRequestBytes, MaxTxnOps: n.cfg.MaxTxnOps,
 		WatchProgressInterval: n.cfg.WatchProgressInterval,
 
 		OnlyGRPCGo: n.cfg.GRPCServer == GRPCServerGo,

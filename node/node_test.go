@@ -518,6 +518,8 @@ func TestValidateNamesTheFlag(t *testing.T) {
 		"--grpc-server":                    func(c *Config) { c.GRPCServer = "x" },
 		"--heartbeat-timeout":              func(c *Config) { c.HeartbeatTimeout = time.Millisecond },
 		"--election-timeout":               func(c *Config) { c.HeartbeatTimeout, c.ElectionTimeout = time.Second, 500*time.Millisecond },
+		"--max-request-bytes":              func(c *Config) { c.MaxRequestBytes = MinMaxRequestBytes - 1 },
+		"--max-txn-ops":                    func(c *Config) { c.MaxTxnOps = -1 },
 		"--watch-progress-notify-interval": func(c *Config) { c.WatchProgressInterval = -1 },
 		"--snapshot-bytes":                 func(c *Config) { c.SnapshotBytes = -1 },
 		"--trailing-entries":               func(c *Config) { c.TrailingEntries = 1 << 40 },

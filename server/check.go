@@ -77,7 +77,7 @@ func checkForwarded(data []byte) error {
 		commands, err = commands+1, checkDelete(r.DeleteRange)
 	}
 	if r.Txn != nil {
-		commands, err = commands+1, checkTxn(r.Txn, maxForwardedOps)
+		commands, err = commands+1, checkTxn(r.Txn, MaxMaxTxnOps)
 	}
 	if r.Compaction != nil {
 		commands++
@@ -101,9 +101,6 @@ func checkGrant(r *pb.LeaseGrantRequest) error {
 	return nil
 }
 
-// maxForwardedOps is above any sensible MaxTxnOps, and its square an int.
-const maxForwardedOps = 1 << 14
-
 func checkDelete(r *pb.DeleteRangeRequest) error {
 	if len(r.GetKey()) == 0 {
 		return rpctypes.ErrGRPCEmptyKey
@@ -114,8 +111,8 @@ func checkDelete(r *pb.DeleteRangeRequest) error {
 // checkTxn bounds and checks a transaction, then looks for keys that it would
 // write twice. The bound comes first: what it lets through is cheap to search.
 func checkTxn(r *pb.TxnRequest, maxOps int) error {
-	budget := maxOps * maxOps
-	if err := checkTxnOps(r, maxOps, &budget); err != nil {
+	c := txnCheck{ops: max(maxAllOps, 3*maxOps), depth: maxTxnDepth}
+	if err := c.txn(r, maxOps); err != nil {
 		return err
 	}
 	for _, branch := range [][]*pb.RequestOp{r.GetSuccess(), r.GetFailure()} {
@@ -126,14 +123,24 @@ func checkTxn(r *pb.TxnRequest, maxOps int) error {
 	return nil
 }
 
-// checkTxnOps checks every operation. A nested transaction may have only as
-// many operations as its parent has left, which bounds the depth too, as in
-// etcd. budget is what all of them may have together: without it, nesting fits
-// so many into one request that looking through them takes seconds.
-func checkTxnOps(r *pb.TxnRequest, maxOps int, budget *int) error {
+// What a transaction may have whose nested ones do not count: compares and
+// operations in all, and levels. With DefaultMaxTxnOps that is as deep as it
+// can be, and as much as a request can have that is not made to take time.
+const (
+	maxAllOps   = DefaultMaxTxnOps * DefaultMaxTxnOps
+	maxTxnDepth = DefaultMaxTxnOps + 1
+)
+
+// txnCheck is what a transaction has left. Without it, nesting fits so many
+// operations into one request that looking through them takes seconds.
+type txnCheck struct{ ops, depth int }
+
+// txn checks every operation. A nested transaction may have only as many
+// operations as its parent has left, as in etcd.
+func (c *txnCheck) txn(r *pb.TxnRequest, maxOps int) error {
 	ops := max(len(r.GetCompare()), len(r.GetSuccess()), len(r.GetFailure()))
-	*budget -= len(r.GetCompare()) + len(r.GetSuccess()) + len(r.GetFailure())
-	if ops > maxOps || *budget < 0 {
+	c.ops -= len(r.GetCompare()) + len(r.GetSuccess()) + len(r.GetFailure())
+	if ops > maxOps || c.ops < 0 || c.depth == 0 {
 		return rpctypes.ErrGRPCTooManyOps
 	}
 	for _, c := range r.GetCompare() {
@@ -141,9 +148,11 @@ func checkTxnOps(r *pb.TxnRequest, maxOps int, budget *int) error {
 			return rpctypes.ErrGRPCEmptyKey
 		}
 	}
+	c.depth--
+	defer func() { c.depth++ }()
 	for _, branch := range [][]*pb.RequestOp{r.GetSuccess(), r.GetFailure()} {
 		for _, op := range branch {
-			if err := checkOp(op, maxOps-ops, budget); err != nil {
+			if err := c.op(op, maxOps-ops); err != nil {
 				return err
 			}
 		}
@@ -151,7 +160,7 @@ func checkTxnOps(r *pb.TxnRequest, maxOps int, budget *int) error {
 	return nil
 }
 
-func checkOp(op *pb.RequestOp, maxOps int, budget *int) error {
+func (c *txnCheck) op(op *pb.RequestOp, maxOps int) error {
 	switch op := op.GetRequest().(type) {
 	case *pb.RequestOp_RequestRange:
 		return checkRange(op.RequestRange)
@@ -160,7 +169,7 @@ func checkOp(op *pb.RequestOp, maxOps int, budget *int) error {
 	case *pb.RequestOp_RequestDeleteRange:
 		return checkDelete(op.RequestDeleteRange)
 	case *pb.RequestOp_RequestTxn:
-		return checkTxnOps(op.RequestTxn, maxOps, budget)
+		return c.txn(op.RequestTxn, maxOps)
 	default:
 		return rpctypes.ErrGRPCKeyNotFound // etcd's answer for an empty operation
 	}

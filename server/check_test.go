@@ -86,6 +86,43 @@ func TestCheckTxn(t *testing.T) {
 	}
 }
 
+// TestCheckTxnWithOtherLimits: few operations may all be used, and many do not multiply.
+func TestCheckTxnWithOtherLimits(t *testing.T) {
+	get := opRange("a")
+	wide := func(n int) *pb.TxnRequest {
+		r := &pb.TxnRequest{Success: repeated(n, get), Failure: repeated(n, get)}
+		for range n {
+			r.Compare = append(r.Compare, &pb.Compare{Key: []byte("a")})
+		}
+		return r
+	}
+	deep := func(n int) *pb.TxnRequest {
+		r := &pb.TxnRequest{Success: list(get)}
+		for range n {
+			r = &pb.TxnRequest{Success: list(&pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: r}})}
+		}
+		return r
+	}
+	squared := &pb.TxnRequest{Success: repeated(300, opTxn(repeated(300, get), nil))}
+	for name, test := range map[string]struct {
+		request *pb.TxnRequest
+		limit   int
+		fits    bool
+	}{
+		"one":                 {wide(1), 1, true},
+		"two with a limit of": {wide(2), 1, false},
+		"most":                {wide(MaxMaxTxnOps), MaxMaxTxnOps, true},
+		"more":                {wide(MaxMaxTxnOps + 1), MaxMaxTxnOps, false},
+		"squared":             {squared, 1000, false},
+		"deepest":             {deep(maxTxnDepth - 1), 1000, true},
+		"too deep":            {deep(maxTxnDepth), 1000, false},
+	} {
+		if err := checkTxn(test.request, test.limit); err != nil && test.fits || err == nil && !test.fits {
+			t.Errorf("%s, with a limit of %d: %v", name, test.limit, err)
+		}
+	}
+}
+
 // plainRanges is keyRanges without being clever.
 type plainRanges [][2]string
 

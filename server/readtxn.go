@@ -150,7 +150,7 @@ func (r *router) handleReadTxn(ctx context.Context, _ string, payload []byte) ([
 		group: binary.BigEndian.Uint64(payload[2:]), serializable: payload[1]&flagSerializable != 0,
 		at: int64(binary.BigEndian.Uint64(payload[14:])), r: &pb.TxnRequest{},
 	}
-	if proto.Unmarshal(payload[readTxnHeader:], q.r) != nil || checkTxn(q.r, maxForwardedOps) != nil || !isReadOnly(q.r) || q.at < 0 {
+	if proto.Unmarshal(payload[readTxnHeader:], q.r) != nil || checkTxn(q.r, MaxMaxTxnOps) != nil || !isReadOnly(q.r) || q.at < 0 {
 		return answer(codeMalformed), nil
 	}
 	replica := r.ofKeys(q.group)

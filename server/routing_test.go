@@ -409,6 +409,30 @@ func TestTransactionsAcrossShards(t *testing.T) {
 	}
 }
 
+// Each node holds its own clients to its own limits, and takes what others let
+// through.
+func TestLimitsAreThoseOfTheNodeThatIsAsked(t *testing.T) {
+	w := newWorld(t, 2, 2, 1, func(c *Config) {
+		if c.Node == "n1" {
+			c.MaxRequestBytes, c.MaxTxnOps = 1000, 2
+		}
+	})
+	for _, group := range w.groups {
+		key := w.keyIn(group, "k")
+		for node, wants := range map[string][2]error{"n1": {rpctypes.ErrGRPCRequestTooLarge, rpctypes.ErrGRPCTooManyOps}, "n2": {}} {
+			_, err := w.kv(node).Put(t.Context(), putData(t, key, strings.Repeat("v", 1001)))
+			sameStatus(t, err, wants[0])
+			for _, op := range []*pb.RequestOp{readOp(&pb.RangeRequest{Key: []byte(key)}), deleteOp(key, "")} {
+				_, err = w.kv(node).Txn(t.Context(), &pb.TxnRequest{Success: []*pb.RequestOp{op, op, op}})
+				sameStatus(t, err, wants[1])
+				if _, err = w.kv(node).Txn(t.Context(), &pb.TxnRequest{Success: []*pb.RequestOp{op, op}}); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	}
+}
+
 // What no shard has to do with is answered at the newest revision of all.
 func TestTransactionOfNothing(t *testing.T) {
 	w := newWorld(t, 3, 5, 2, nil)

@@ -115,7 +115,7 @@ type Config struct {
 	RequestTimeout       time.Duration // of a request without a deadline; 5 s
 	DrainTimeout         time.Duration // for requests to end when the server closes; 5 s
 	MaxRequestBytes      int           // of one request in the log; 1.5 MiB
-	MaxTxnOps            int           // compares, or operations of one branch; 128
+	MaxTxnOps            int           // compares, or operations of one branch; 128; other nodes take no more than MaxMaxTxnOps
 	MaxPendingBytes      int64         // of writes under way on this node; above it they are shed; 128 MiB
 	MaxAnswerBytes       int64         // of large answers to reads under way on this node; above it they are shed; 512 MiB
 	MaxConcurrentStreams uint32        // requests under way on one connection; 16384
@@ -166,6 +166,13 @@ type faults struct {
 	relaySkips       bool // the last of several events that another node has for a watch is lost
 }
 
+// Defaults of what one request may have, which are etcd's, and bounds for them.
+const (
+	DefaultMaxRequestBytes = 3 << 19
+	DefaultMaxTxnOps       = 128
+	MaxMaxTxnOps           = 1 << 14
+)
+
 const (
 	// overheadBytes of a message beyond MaxRequestBytes still reach the
 	// validation, which answers better than the codec does. As in etcd.
@@ -187,8 +194,8 @@ func setDefault[T comparable](field *T, value T) {
 func (c *Config) setDefaults() {
 	setDefault(&c.RequestTimeout, 5*time.Second)
 	setDefault(&c.DrainTimeout, 5*time.Second)
-	setDefault(&c.MaxRequestBytes, 3<<19)
-	setDefault(&c.MaxTxnOps, 128)
+	setDefault(&c.MaxRequestBytes, DefaultMaxRequestBytes)
+	setDefault(&c.MaxTxnOps, DefaultMaxTxnOps)
 	setDefault(&c.MaxPendingBytes, 128<<20)
 	setDefault(&c.MaxAnswerBytes, 512<<20)
 	setDefault(&c.MaxConcurrentStreams, 16384)
@@ -237,6 +244,8 @@ func (c *Config) Validate() error {
 		return errors.New("server: Revisions are required for a sharded key space")
 	case c.MaxRequestBytes < 0 || c.MaxRequestBytes > 1<<30:
 		return fmt.Errorf("server: request limit of %d bytes is not between 0 and 1 GiB", c.MaxRequestBytes)
+	case c.MaxTxnOps > MaxMaxTxnOps:
+		return fmt.Errorf("server: more than %d operations in a transaction", MaxMaxTxnOps)
 	case c.MaxTxnOps < 0 || c.MinLeaseTTL < 0 || c.MinLeaseTTL > maxLeaseTTL || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0 || c.LeaveWait < 0 || c.SnapshotTimeout < 0 || c.MaxHashes < 0 || c.MaxAnswerBytes < 0 || c.MaxConnections < 1 || c.MaxHTTPConnections < 1:
 		return errors.New("server: a limit is negative, or less may be pending than one request has")
 	case c.MaxWatchStreams < 0 || c.MaxWatches < 0 || c.MaxStreamWatches < 0 || c.WatchTimeout < 0 || c.WatchProgressInterval < 0:

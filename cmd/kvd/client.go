@@ -19,6 +19,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc/connectivity"
+
+	"kvd/node"
 )
 
 // clientOptions are the flags of every command that talks to a server.
@@ -89,6 +91,7 @@ func (o *clientOptions) config(endpoints ...string) (*clientv3.Config, error) {
 		return nil, usagef("TLS flags: %v", err)
 	}
 	cfg.Logger = zap.NewNop()
+	cfg.MaxCallSendMsgSize = node.MaxMaxRequestBytes + 1<<20 // it is for the server to refuse what is too long
 	return cfg, nil
 }
 

@@ -121,7 +121,7 @@ func describe(cmd *cobra.Command, err error) string {
 	case errors.Is(err, rpctypes.ErrTooManyRequests):
 		hint = "the server is overloaded and did nothing; try again later"
 	case grpcCode(err) == codes.ResourceExhausted && strings.Contains(text, "larger than max"):
-		hint = "a request may have 1.5 MiB"
+		hint = "a request may have what --max-request-bytes of kvd start says, 1.5 MiB if nothing"
 	case isUnavailable(err) && isCommand(cmd, "put", "del", "txn", "compact"):
 		hint = "the write may or may not have happened: read the key before you try again (kvd status shows the nodes)"
 	case isUnavailable(err):

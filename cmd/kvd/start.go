@@ -15,6 +15,7 @@ import (
 
 	"kvd/node"
 	"kvd/placement"
+	"kvd/server"
 	"kvd/transport"
 )
 
@@ -41,6 +42,7 @@ type startOptions struct {
 	snapshotEntries, trailingEntries  uint64
 	snapshotBytes                     int64
 	watchProgressInterval             time.Duration
+	maxRequestBytes, maxTxnOps        int
 	raftLog, grpcServer               string
 
 	logLevel, logFormat string
@@ -93,6 +95,8 @@ func (o *startOptions) AddFlags(f *pflag.FlagSet) {
 	f.Int64Var(&o.snapshotBytes, "snapshot-bytes", 0, "log bytes after which the log is truncated (default 256 MiB)")
 	o.addRaftLogFlag(f)
 	f.StringVar(&o.grpcServer, "grpc-server", node.GRPCServerKVD, "kvd = puts, gets, deletions and transactions are served by kvd's own gRPC server, which needs less CPU; grpc-go = nothing is")
+	f.IntVar(&o.maxRequestBytes, "max-request-bytes", server.DefaultMaxRequestBytes, "longest request that changes keys; of this node's clients")
+	f.IntVar(&o.maxTxnOps, "max-txn-ops", server.DefaultMaxTxnOps, "most operations in a transaction; of this node's clients")
 	f.DurationVar(&o.watchProgressInterval, "watch-progress-notify-interval", 0, "how often watches that want it and see no events are told how far they are (default 10m)")
 	f.Uint64Var(&o.trailingEntries, "trailing-entries", 0, "log entries kept for nodes that lag (default 5000)")
 }
@@ -208,6 +212,7 @@ func (o *startOptions) nodeConfig() (node.Config, error) {
 		Pprof: o.pprof, Version: version,
 		HeartbeatTimeout: o.heartbeatTimeout, ElectionTimeout: o.electionTimeout,
 		SnapshotEntries: o.snapshotEntries, SnapshotBytes: o.snapshotBytes, TrailingEntries: o.trailingEntries,
+		MaxRequestBytes: o.maxRequestBytes, MaxTxnOps: o.maxTxnOps,
 		WatchProgressInterval: o.watchProgressInterval, RaftLog: o.raftLog, GRPCServer: o.grpcServer,
 	}
 	completeAddresses(&cfg)

@@ -130,6 +130,10 @@ func TestBadStart(t *testing.T) {
 		{[]string{"--weight", "2"}, "--weight: means nothing"},
 		{[]string{"--grpc-server", "x"}, "--grpc-server"},
 		{[]string{"--heartbeat-timeout", "1ms"}, "--heartbeat-timeout"},
+		{[]string{"--max-request-bytes", "0"}, "--max-request-bytes: 0 is not between 256 and 10485760"},
+		{[]string{"--max-request-bytes", "10485761"}, "--max-request-bytes: 10485761"},
+		{[]string{"--max-txn-ops", "0"}, "--max-txn-ops: 0 is not between 1 and 16384"},
+		{[]string{"--max-txn-ops", "16385"}, "--max-txn-ops: 16385"},
 	} {
 		o, err := resolve(t, c.args, nil, "")
 		if err == nil {

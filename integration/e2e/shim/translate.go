@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/url"
+	"slices"
 	"strings"
 )
 
@@ -19,6 +20,7 @@ type etcdFlags struct {
 	listenPeer, advertisePeer         string
 	cluster, clusterState             string
 	snapshotCount                     string
+	maxRequestBytes, maxTxnOps        string
 	cert, key, ca                     string
 	peerCert, peerKey, peerCA         string
 	clientCertAuth, autoTLS, peerAuto bool
@@ -48,18 +50,26 @@ func translate(args []string, own selfSigned) ([]string, error) {
 		return nil, fmt.Errorf("--initial-cluster-state=%s: only new clusters are started", e.clusterState)
 	}
 	out := []string{"start", "--listen-http", "none", "--name", shorten(e.name)}
-	for _, o := range [][2]string{
+	out = append(out, given([][2]string{
 		{"--data-dir", e.dataDir}, {"--cluster-token", e.clusterToken}, {"--snapshot-entries", e.snapshotCount},
-	} {
-		if o[1] != "" {
-			out = append(out, o[0], o[1])
-		}
-	}
+	})...)
 	addresses, err := e.addresses()
 	if err != nil {
 		return nil, err
 	}
-	return append(append(out, addresses...), e.tls(own)...), nil
+	limits := given([][2]string{{"--max-request-bytes", e.maxRequestBytes}, {"--max-txn-ops", e.maxTxnOps}})
+	return slices.Concat(out, addresses, e.tls(own), limits), nil
+}
+
+// given are the flags that have a value.
+func given(flags [][2]string) []string {
+	var out []string
+	for _, f := range flags {
+		if f[1] != "" {
+			out = append(out, f[0], f[1])
+		}
+	}
+	return out
 }
 
 func (e *etcdFlags) parse(args []string) error {
@@ -70,6 +80,7 @@ func (e *etcdFlags) parse(args []string) error {
 		"listen-client-urls": &e.listenClient, "advertise-client-urls": &e.advertiseClient,
 		"listen-peer-urls": &e.listenPeer, "initial-advertise-peer-urls": &e.advertisePeer,
 		"initial-cluster": &e.cluster, "initial-cluster-state": &e.clusterState, "snapshot-count": &e.snapshotCount,
+		"max-request-bytes": &e.maxRequestBytes, "max-txn-ops": &e.maxTxnOps,
 		"cert-file": &e.cert, "key-file": &e.key, "trusted-ca-file": &e.ca,
 		"peer-cert-file": &e.peerCert, "peer-key-file": &e.peerKey, "peer-trusted-ca-file": &e.peerCA,
 	} {

@@ -19,6 +19,7 @@ func TestTranslate(t *testing.T) {
 		{[]string{"--quota-backend-bytes=5", "--strict-reconfig-check=false"}, nil},
 		{[]string{"--cert-file", "c", "--key-file", "k", "--trusted-ca-file", "ca", "--client-cert-auth"},
 			[]string{"--cert-file", "c", "--key-file", "k", "--trusted-ca-file", "ca", "--client-cert-auth"}},
+		{[]string{"--max-txn-ops=7", "--max-request-bytes", "1000"}, []string{"--max-request-bytes", "1000", "--max-txn-ops", "7"}},
 		{[]string{"--auto-tls"}, []string{"--cert-file", "own.crt", "--key-file", "own.key"}},
 		{[]string{"--peer-auto-tls"}, []string{"--peer-cert-file", "own.crt", "--peer-key-file", "own.key", "--peer-trusted-ca-file", "own.crt"}},
 	} {

@@ -185,6 +185,7 @@ func (m *Member) flags(n *node) []string {
 		"--name", m.Name, "--data-dir", m.DataDir, "--cluster-token", m.InitialClusterToken, "--peers", strings.Join(cluster, ","),
 		"--listen-client", n.client, "--listen-peer", n.peer, "--listen-http", "none",
 		"--snapshot-entries", fmt.Sprint(m.SnapshotCount), "--trailing-entries", fmt.Sprint(m.SnapshotCatchUpEntries),
+		"--max-request-bytes", fmt.Sprint(m.MaxRequestBytes), "--max-txn-ops", fmt.Sprint(m.MaxTxnOps),
 	}
 	// Tests set the one of a member or that of all servers in this process.
 	interval := cmp.Or(m.WatchProgressNotifyInterval, v3rpc.GetProgressReportInterval())
@@ -361,8 +362,7 @@ func (m *Member) RecoverPartition(testutil.TB, ...*Member) {}
 func NewCluster(t testutil.TB, cfg *ClusterConfig) *Cluster {
 	t.Helper()
 	for setting, set := range map[string]bool{
-		"a quota": cfg.QuotaBackendBytes != 0, "a limit of operations in a transaction": cfg.MaxTxnOps != 0,
-		"a limit of a request's size":        cfg.MaxRequestBytes != 0,
+		"a quota":                            cfg.QuotaBackendBytes != 0,
 		"discovery":                          cfg.DiscoveryURL != "",
 		"tokens for authentication":          cfg.AuthToken != "",
 		"options of its gRPC server":         len(cfg.GRPCAdditionalServerOptions) != 0,
