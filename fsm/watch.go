@@ -58,10 +58,9 @@ type Delivery struct {
 	// group, misses and repeats nothing.
 	Next int64
 
-	// More says that the transaction of the last event is so large (16 MiB for one watch) that it comes in several
-	// deliveries, of which another one follows. Next is then its own revision: watched from there, all of it comes
-	// again.
-	More bool
+	// Huge says that the transaction at Next is larger than Take was to return. The watch has ended before it;
+	// ReadTransaction has it, and a watch from the revision after it goes on.
+	Huge bool
 
 	// Compacted, if it is not 0, is the compaction that took away what the watch needed next: the watch has ended.
 	Compacted int64
@@ -172,15 +171,16 @@ func (f *Feed) Progress() (revision int64, ok bool) {
 }
 
 // Take returns what there is, up to about maxBytes, but one transaction at least; nil, nil if there is nothing now.
-// A watch may have several deliveries, in their order. It may read the file, so the store must not be closed
-// meanwhile. If it could not return all, Ready receives again. With an error, ctx's or the store's, nothing is lost.
-func (f *Feed) Take(ctx context.Context, maxBytes int) ([]Delivery, error) {
+// Of the history, a transaction with more than wholeBytes of events for a watch is Huge. A watch may have several
+// deliveries, in their order. Take may read the file, so the store must not be closed meanwhile. If it could not return
+// all, Ready receives again. With an error, ctx's or the store's, nothing is lost.
+func (f *Feed) Take(ctx context.Context, maxBytes, wholeBytes int) ([]Delivery, error) {
 	left := max(1, maxBytes)
 	var out []Delivery
 	for begin := true; ; begin = false {
 		w, err := f.takeQueued(&out, &left, begin)
 		if w != nil {
-			err = f.catchUp(ctx, w, &out, &left)
+			err = f.catchUp(ctx, w, &out, &left, wholeBytes)
 		}
 		switch {
 		case err != nil && len(out) == 0:
@@ -233,8 +233,8 @@ func (f *Feed) takeQueued(out *[]Delivery, left *int, begin bool) (*watch, error
 }
 
 // catchUp reads a part of a watch's history, and makes the watch live if that was the last of it.
-func (f *Feed) catchUp(ctx context.Context, w *watch, out *[]Delivery, left *int) error {
-	r, err := f.readHistory(ctx, w, *left)
+func (f *Feed) catchUp(ctx context.Context, w *watch, out *[]Delivery, left *int, whole int) error {
+	r, err := f.readHistory(ctx, w, *left, whole)
 	h := f.hub
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -249,10 +249,14 @@ func (f *Feed) catchUp(ctx context.Context, w *watch, out *[]Delivery, left *int
 		*out = append(*out, Delivery{ID: w.id, Next: w.next, Compacted: r.compacted})
 		return nil
 	}
-	w.next, w.sub, w.isWide = r.next, r.sub, r.isWide && r.next <= r.to
-	if len(r.events) > 0 {
-		*out = append(*out, Delivery{ID: w.id, Events: r.events, Next: r.next, More: r.sub > 0})
+	w.next, w.isWide = r.next, r.isWide && r.next <= r.to
+	if len(r.events) > 0 || r.huge {
+		*out = append(*out, Delivery{ID: w.id, Events: r.events, Next: r.next, Huge: r.huge})
 		*left -= r.bytes
+	}
+	if r.huge {
+		f.remove(w)
+		return nil
 	}
 	if r.next <= r.to {
 		f.lag(w)

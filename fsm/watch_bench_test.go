@@ -77,7 +77,7 @@ func benchWatch(b *testing.B, watches, keys, feedCount int, ends []byte) {
 				case <-f.Ready():
 				default:
 				}
-				all, err := f.Take(b.Context(), 1<<20)
+				all, err := f.Take(b.Context(), 1<<20, 1<<20)
 				if err != nil {
 					b.Fatal(err)
 				}
@@ -124,7 +124,7 @@ func BenchmarkHistory(b *testing.B) {
 					b.Fatal(err)
 				}
 				for {
-					all, err := f.Take(b.Context(), 1<<20)
+					all, err := f.Take(b.Context(), 1<<20, 1<<20)
 					if err != nil {
 						b.Fatal(err)
 					}

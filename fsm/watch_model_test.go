@@ -35,15 +35,18 @@ type eventLog struct {
 	revision  int64
 	compacted int64
 	floors    bool
+	whole     int // bytes that watches take of a transaction
 }
 
 func newEventLog(seed uint64) *eventLog {
-	return &eventLog{generator: newGenerator(seed), values: map[string]string{}, attached: map[string]int64{}, granted: map[int64]bool{}, revision: 1, compacted: -1, floors: seed%2 == 0}
+	l := &eventLog{generator: newGenerator(seed), values: map[string]string{}, attached: map[string]int64{}, granted: map[int64]bool{}, revision: 1, compacted: -1, floors: seed%2 == 0}
+	l.whole = 300 + l.IntN(2000)
+	return l
 }
 
 // limits are small, so that all ways to read history are taken.
 func (l *eventLog) limits() historyLimits {
-	return historyLimits{rows: 2 + l.IntN(40), near: l.Int64N(40), keys: 1 + l.Int64N(20), batch: 1 + l.IntN(6), changes: 1 + l.IntN(100), perKey: 1 + l.IntN(100), whole: 300 + l.IntN(2000)}
+	return historyLimits{rows: 2 + l.IntN(40), near: l.Int64N(40), keys: 1 + l.Int64N(20), batch: 1 + l.IntN(6), changes: 1 + l.IntN(100), perKey: 1 + l.IntN(100)}
 }
 
 func (l *eventLog) put(rev int64, key, value string) {
@@ -193,7 +196,6 @@ func (l *eventLog) expected(span mvcc.Span, next int64) []modelEvent {
 type follower struct {
 	span  mvcc.Span
 	next  int64 // everything before has come
-	parts int   // of next's transaction, events that have come
 	ended bool
 
 	canceled bool
@@ -216,8 +218,7 @@ func (w *follower) check(l *eventLog, d Delivery) error {
 		return nil
 	}
 	want := l.expected(w.span, w.next)
-	want = want[min(w.parts, len(want)):]
-	if len(d.Events) == 0 || len(d.Events) > len(want) {
+	if len(d.Events) == 0 && !d.Huge || len(d.Events) > len(want) {
 		return fmt.Errorf("at %d: %d events, at most %d expected: %v", w.next, len(d.Events), len(want), d.Events)
 	}
 	for i, e := range d.Events {
@@ -225,31 +226,53 @@ func (w *follower) check(l *eventLog, d Delivery) error {
 			return fmt.Errorf("from %d, event %d: %w", w.next, i, err)
 		}
 	}
-	last := d.Events[len(d.Events)-1].Kv.ModRevision
+	last := w.next - 1
+	if n := len(d.Events); n > 0 {
+		last = d.Events[n-1].Kv.ModRevision
+	}
 	rest := want[len(d.Events):]
-	torn := len(rest) > 0 && rest[0].revision == last
 	switch {
-	case d.More:
-		if d.Next != last || !torn {
-			return fmt.Errorf("more of %d is to come at %d: %v", last, d.Next, torn)
+	case len(rest) > 0 && rest[0].revision == last:
+		return fmt.Errorf("transaction %d was split: %d events", last, len(d.Events))
+	case d.Next <= last, len(rest) > 0 && d.Next > rest[0].revision, d.Huge && (len(rest) == 0 || d.Next != rest[0].revision):
+		return fmt.Errorf("next is %d after %d, before %v; huge: %t", d.Next, last, rest[:min(1, len(rest))], d.Huge)
+	}
+	w.next = d.Next
+	return nil
+}
+
+// checkHuge compares the parts of the transaction that a follower must get next, and then has its watch go on.
+func (f *followed) checkHuge(ctx context.Context, l *eventLog, id int64, w *follower) error {
+	at := w.next
+	want := slices.DeleteFunc(l.expected(w.span, at), func(e modelEvent) bool { return e.revision != at })
+	part := TransactionPart{Key: []byte(w.span.Start), RangeEnd: rangeEndOf(w.span), Revision: at, MaxBytes: 1 + l.IntN(1000)}
+	for more := true; more; more = part.From > 0 {
+		var events []*mvccpb.Event
+		var err error
+		events, part.From, err = f.store.ReadTransaction(ctx, part)
+		if errors.Is(err, ErrCompacted) && at < l.compacted {
+			w.ended = true
+			return nil
 		}
-		if w.next != last {
-			w.parts = 0
+		if err != nil || len(events) == 0 || len(events) > len(want) {
+			return fmt.Errorf("part of %d: %d events of %d, %w", at, len(events), len(want), err)
 		}
-		for _, e := range d.Events {
-			if e.Kv.ModRevision == last {
-				w.parts++
+		for i, e := range events {
+			if err := want[i].check(e); err != nil {
+				return fmt.Errorf("part of %d: %w", at, err)
 			}
 		}
-		w.next = last
-		return nil
-	case torn:
-		return fmt.Errorf("transaction %d was split: %d events", last, len(d.Events))
-	case d.Next <= last, len(rest) > 0 && d.Next > rest[0].revision:
-		return fmt.Errorf("next is %d after %d, before %v", d.Next, last, rest[:min(1, len(rest))])
+		want = want[len(events):]
 	}
-	w.next, w.parts = d.Next, 0
-	return nil
+	w.next = at + 1
+	err := f.Watch(id, part.Key, part.RangeEnd, w.next)
+	if errors.Is(err, ErrCompacted) && w.next < l.compacted {
+		w.ended, err = true, nil
+	}
+	if len(want) > 0 {
+		err = fmt.Errorf("transaction %d ends before %v", at, want[0])
+	}
+	return err
 }
 
 func (e modelEvent) check(got *mvccpb.Event) error {
@@ -310,7 +333,7 @@ func (f *followed) cancel(l *eventLog) {
 // take calls Take once, and says whether there was anything.
 func (f *followed) take(ctx context.Context, l *eventLog, maxBytes int) (bool, error) {
 	before := maps.Clone(f.watches)
-	all, err := f.Take(ctx, maxBytes)
+	all, err := f.Take(ctx, maxBytes, l.whole)
 	if err != nil {
 		return false, err
 	}
@@ -324,6 +347,11 @@ func (f *followed) take(ctx context.Context, l *eventLog, maxBytes int) (bool, e
 		}
 		if err := w.check(l, d); err != nil {
 			return false, fmt.Errorf("watch %d of %q..%q: %w", d.ID, w.span.Start, w.span.End, err)
+		}
+		if d.Huge {
+			if err := f.checkHuge(ctx, l, d.ID, w); err != nil {
+				return false, fmt.Errorf("watch %d of %q..%q: %w", d.ID, w.span.Start, w.span.End, err)
+			}
 		}
 		if w.ended {
 			delete(f.watches, d.ID)
@@ -339,7 +367,7 @@ func (f *followed) checkProgress(l *eventLog) error {
 	revision, ok := f.Progress()
 	for id, w := range f.watches {
 		next := f.Next(id)
-		if want := l.expected(w.span, w.next); len(want) > w.parts && (ok && want[0].revision <= revision || want[0].revision < next) {
+		if want := l.expected(w.span, w.next); len(want) > 0 && (ok && want[0].revision <= revision || want[0].revision < next) {
 			return fmt.Errorf("progress %d, %t, next %d, but watch %d has not seen %v", revision, ok, next, id, want[0])
 		}
 	}
@@ -378,7 +406,7 @@ func (f *followed) moveTo(t *testing.T, l *eventLog, s *Store, maxBytes int64) *
 		if from < w.next {
 			t.Fatalf("watch %d goes back from %d to %d", id, w.next, from)
 		}
-		w.next, w.parts = from, 0
+		w.next = from
 		err := next.Watch(next.lastID, []byte(w.span.Start), rangeEndOf(w.span), from)
 		switch {
 		case err == nil:

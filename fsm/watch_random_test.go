@@ -180,7 +180,7 @@ func consumeRandomly(t *testing.T, s *Store, l *eventLog, lMu *sync.Mutex, stop 
 		log = append(log, delivered{id: id, begin: newFollower(key, end, from)})
 	}
 	take := func() bool {
-		all, err := f.Take(t.Context(), 1+random.IntN(5000))
+		all, err := f.Take(t.Context(), 1+random.IntN(5000), 1<<20)
 		if err != nil {
 			t.Error(err)
 			return false

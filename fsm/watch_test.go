@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -259,7 +260,7 @@ func TestWideHistory(t *testing.T) {
 			}
 		}
 	}
-	for name, limits := range map[string]historyLimits{"defaults": defaults, "small": {rows: 100, near: 10, keys: 200, batch: 50, changes: 300, perKey: 50, whole: 1 << 20}} {
+	for name, limits := range map[string]historyLimits{"defaults": defaults, "small": {rows: 100, near: 10, keys: 200, batch: 50, changes: 300, perKey: 50}} {
 		t.Run(name, func(t *testing.T) {
 			s.hub.limits = limits
 			f := follow(s.Store, 1<<20)
@@ -287,7 +288,7 @@ func TestDeletedKeysHaveKeyAndRevisionAlone(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	all, err := f.Take(t.Context(), 1<<20)
+	all, err := f.Take(t.Context(), 1<<20, 1<<20)
 	if err != nil || len(all) != 2 {
 		t.Fatal(all, err)
 	}
@@ -322,7 +323,7 @@ func TestFeedOfARetiredStore(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := f.Take(t.Context(), 1); !errors.Is(err, ErrClosed) {
+	if got, err := f.Take(t.Context(), 1, 1<<20); !errors.Is(err, ErrClosed) {
 		t.Errorf("take from a closed store: %v, %v", got, err)
 	}
 	if a, b := f.Next(1), f.Next(2); a != 4 || b != 4 {
@@ -354,7 +355,7 @@ func TestCloseDuringTake(t *testing.T) {
 				err := f.Watch(id, []byte("a"), [][]byte{nil, {0}}[i%2], 2)
 				for err == nil {
 					var all []Delivery
-					if all, err = f.Take(context.Background(), 1000); all == nil {
+					if all, err = f.Take(context.Background(), 1000, 1<<20); all == nil {
 						break
 					}
 				}
@@ -400,7 +401,7 @@ func TestWatchIsRefused(t *testing.T) {
 	if err := f.Watch(2, []byte("b"), nil, 1); !errors.Is(err, ErrClosed) {
 		t.Errorf("watch of a closed feed: %v", err)
 	}
-	if _, err := f.Take(t.Context(), 1); !errors.Is(err, ErrClosed) {
+	if _, err := f.Take(t.Context(), 1, 1<<20); !errors.Is(err, ErrClosed) {
 		t.Errorf("take from a closed feed: %v", err)
 	}
 	config := testConfig(tempPath(t))
@@ -422,7 +423,7 @@ func TestTakeGivesUp(t *testing.T) {
 		s.hub.scans <- struct{}{}
 	}
 	cancel()
-	if _, err := f.Take(ctx, 1<<20); !errors.Is(err, context.Canceled) {
+	if _, err := f.Take(ctx, 1<<20, 1<<20); !errors.Is(err, context.Canceled) {
 		t.Errorf("take: %v", err)
 	}
 	for range rangeScans {
@@ -483,7 +484,7 @@ func TestFeedWakesItsConsumer(t *testing.T) {
 					return
 				case <-f.Ready():
 				}
-				all, err := f.Take(t.Context(), 1000)
+				all, err := f.Take(t.Context(), 1000, 1<<20)
 				if err != nil {
 					t.Error(err)
 					return
@@ -520,5 +521,76 @@ func TestChangesOfTheIndex(t *testing.T) {
 	got, complete, _, done := x.Changes(mvcc.NewSpan([]byte("k"), []byte("l")), "k", 10, 25, 10, 3, nil)
 	if !done || complete != 19 || len(got) != 9 {
 		t.Errorf("%d changes, those before %d, %t", len(got), complete, done)
+	}
+}
+
+// A transaction that is too large for a watch is read in parts, with what was before.
+func TestHugeTransactionInParts(t *testing.T) {
+	config := testConfig(tempPath(t))
+	s := newScript(t, config)
+	const n = 50
+	var keys []string
+	for i := range n {
+		keys = append(keys, fmt.Sprintf("k/%02d", i))
+	}
+	s.puts(append(keys, "other")...)
+	if err := s.Flush(t.Context(), s.AppliedIndex()); err != nil {
+		t.Fatal(err)
+	}
+	s.puts("k/small")
+	apply(t, s.Store, &pb.DeleteRangeRequest{Key: []byte("k/"), RangeEnd: []byte("k0")})
+	f := s.NewFeed(1 << 20)
+	defer f.Close()
+	if err := f.Watch(1, []byte("k/"), []byte("k0"), 2); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		next   int64
+		events int
+		huge   bool
+	}{{2, 0, true}, {4, 1, true}} {
+		all, err := f.Take(t.Context(), 1<<20, 20*eventBytes)
+		if err != nil || len(all) != 1 || len(all[0].Events) != c.events || all[0].Next != c.next || all[0].Huge != c.huge {
+			t.Fatalf("%v, %v, want %+v", all, err, c)
+		}
+		if again, err := f.Take(t.Context(), 1<<20, 20*eventBytes); err != nil || again != nil {
+			t.Fatalf("after the end: %v, %v", again, err)
+		}
+		if err := f.Watch(1, []byte("k/"), []byte("k0"), c.next+1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, part := range []TransactionPart{{Revision: 2, MaxBytes: 3 * eventBytes}, {Revision: 4, MaxBytes: 1}, {Revision: 4, MaxBytes: 3 * eventBytes, PrevKV: true}, {Revision: 4, MaxBytes: 1 << 20, PrevKV: true}} {
+		part.Key, part.RangeEnd = []byte("k/"), []byte("k0")
+		want := keys
+		if part.Revision == 4 {
+			want = append(slices.Clone(keys), "k/small")
+		}
+		for {
+			events, next, err := s.ReadTransaction(t.Context(), part)
+			if err != nil || len(events) == 0 || len(events) > len(want) || len(events)*eventBytes > part.MaxBytes+2*eventBytes {
+				t.Fatalf("%+v: %d events of %d, %v", part, len(events), len(want), err)
+			}
+			for i, e := range events {
+				if string(e.Kv.Key) != want[i] || e.Kv.ModRevision != part.Revision || part.PrevKV != (string(e.PrevKv.GetKey()) == want[i]) {
+					t.Fatalf("%+v: %v, want %s", part, e, want[i])
+				}
+			}
+			want, part.From = want[len(events):], next
+			if next == 0 {
+				break
+			}
+		}
+		if len(want) > 0 {
+			t.Errorf("%+v: ends before %s", part, want[0])
+		}
+	}
+	if _, _, err := s.ReadTransaction(t.Context(), TransactionPart{Key: []byte("k"), Revision: 5, MaxBytes: 1}); !errors.Is(err, ErrFutureRevision) {
+		t.Errorf("in the future: %v", err)
+	}
+	apply(t, s.Store, &pb.CompactionRequest{Revision: 4})
+	var compacted *CompactedError
+	if _, _, err := s.ReadTransaction(t.Context(), TransactionPart{Key: []byte("k"), Revision: 3, MaxBytes: 1}); !errors.As(err, &compacted) || compacted.Revision != 4 {
+		t.Errorf("of what is compacted: %v", err)
 	}
 }

@@ -3,6 +3,7 @@ package fsm
 import (
 	"context"
 	"fmt"
+	"math"
 	"slices"
 
 	"go.etcd.io/bbolt"
@@ -19,10 +20,9 @@ type historyLimits struct {
 	batch   int   // keys looked at in one hold of the lock
 	changes int   // of a range, taken from the index, about
 	perKey  int   // changes of one key; of each key of a range a 32nd, because the lock is held for many
-	whole   int   // bytes of a transaction's events for one watch, after which it comes in parts
 }
 
-var defaultHistoryLimits = historyLimits{rows: 1 << 14, near: 1 << 10, keys: 1 << 10, batch: scanBudget, changes: 1 << 13, perKey: 1 << 10, whole: 16 << 20}
+var defaultHistoryLimits = historyLimits{rows: 1 << 14, near: 1 << 10, keys: 1 << 10, batch: scanBudget, changes: 1 << 13, perKey: 1 << 10}
 
 // history is one step of reading a watch's changes back. Its view keeps compactions from what it reads.
 type history struct {
@@ -32,22 +32,27 @@ type history struct {
 	from   mvcc.Revision
 	to     int64 // the last revision to read
 	limit  int   // bytes of events after which no further transaction begins
+	whole  int   // and that a transaction may have
+	part   int   // or: after which a transaction does not go on
 	isWide bool  // the span is known to have more changes than are worth looking up
 
 	events    []*mvccpb.Event
+	subs      []uint32 // of the events, if it reads a part
 	bytes     int
 	beginning int   // bytes before the transaction of the last event
+	before    int   // events before it
 	last      int64 // revision of the last event
 	looked    int   // rows
 	scanned   int64 // revision of the last of them
 
-	next      int64 // where the next step goes on; above to if none is needed
-	sub       uint32
-	compacted int64 // instead of all: what is needed is gone, up to here
+	next      int64  // where the next step goes on; above to if none is needed
+	huge      bool   // with a transaction that is too large
+	sub       uint32 // with a part of it, from this change on
+	compacted int64  // instead of all: what is needed is gone, up to here
 }
 
 // readHistory reads some of what a lagging watch needs next.
-func (f *Feed) readHistory(ctx context.Context, w *watch, limit int) (*history, error) {
+func (f *Feed) readHistory(ctx context.Context, w *watch, limit, whole int) (*history, error) {
 	s := f.store
 	if !w.span.Single {
 		select {
@@ -62,9 +67,9 @@ func (f *Feed) readHistory(ctx context.Context, w *watch, limit int) (*history, 
 		return nil, err
 	}
 	defer v.close()
-	h := &history{limits: s.hub.limits, view: v, span: w.span, to: v.revision, limit: limit}
+	h := &history{limits: s.hub.limits, view: v, span: w.span, to: v.revision, limit: limit, whole: max(1, whole), part: math.MaxInt}
 	s.hub.mu.Lock()
-	h.from, h.isWide = mvcc.Revision{Main: w.next, Sub: w.sub}, w.isWide
+	h.from, h.isWide = mvcc.Revision{Main: w.next}, w.isWide
 	if w.live > 0 {
 		h.to = min(h.to, w.live-1)
 	}
@@ -140,14 +145,15 @@ func (h *history) fetch(ctx context.Context, changes []mvcc.Change) error {
 		if i%256 == 255 && ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if r := c.Stamp.Revision(); h.isFull(r) || h.isHuge(r) {
+		r := c.Stamp.Revision()
+		if h.isFull(r) {
 			return nil
 		}
 		data, err := rows.row(c)
-		if err == nil {
-			err = h.add(c.Stamp.Revision(), c.Stamp.Tombstone(), data)
-		}
 		if err != nil {
+			return err
+		}
+		if done, err := h.add(r, c.Stamp.Tombstone(), data); err != nil || done {
 			return err
 		}
 	}
@@ -159,31 +165,35 @@ func (h *history) isFull(r mvcc.Revision) bool {
 	if r.Main == h.last || h.bytes < h.limit {
 		return false
 	}
-	h.next, h.sub = r.Main, 0
+	h.next = r.Main
 	return true
 }
 
-// isHuge says the same of a change that the watch gets, inside its transaction: that is too large to be handed out
-// whole.
-func (h *history) isHuge(r mvcc.Revision) bool {
-	if r.Main != h.last || h.bytes-h.beginning < h.limits.whole {
-		return false
-	}
-	h.next, h.sub = r.Main, r.Sub
-	return true
-}
-
-func (h *history) add(r mvcc.Revision, tombstone bool, row []byte) error {
-	event, err := newEvent(r, tombstone, row)
-	if err != nil {
-		return fmt.Errorf("%w: revision %d.%d: %w", ErrCorruptState, r.Main, r.Sub, err)
+// add takes a change; done says that the step ends before it, or before its transaction, which is too large.
+func (h *history) add(r mvcc.Revision, tombstone bool, row []byte) (done bool, err error) {
+	if len(h.events) > 0 && h.bytes >= h.part {
+		h.sub = r.Sub
+		return true, nil
 	}
 	if r.Main != h.last {
-		h.last, h.beginning = r.Main, h.bytes
+		h.last, h.beginning, h.before = r.Main, h.bytes, len(h.events)
+	}
+	if h.bytes-h.beginning+eventBytes+len(row) > h.whole {
+		clear(h.events[h.before:])
+		h.events, h.bytes = h.events[:h.before], h.beginning
+		h.next, h.huge = r.Main, true
+		return true, nil
+	}
+	event, err := newEvent(r, tombstone, row)
+	if err != nil {
+		return false, fmt.Errorf("%w: revision %d.%d: %w", ErrCorruptState, r.Main, r.Sub, err)
 	}
 	h.events = append(h.events, event)
+	if h.part < math.MaxInt {
+		h.subs = append(h.subs, r.Sub)
+	}
 	h.bytes += sizeOf(event)
-	return nil
+	return false, nil
 }
 
 // scan looks at all rows in the order of their revisions.
@@ -252,13 +262,10 @@ func (h *history) look(r mvcc.Revision, tombstone bool, data []byte) (done bool,
 	if err != nil {
 		return false, fmt.Errorf("%w: revision %d.%d: %w", ErrCorruptState, r.Main, r.Sub, err)
 	}
-	switch {
-	case !h.span.Contains(key):
+	if !h.span.Contains(key) {
 		return false, nil
-	case h.isHuge(r):
-		return true, nil
 	}
-	return false, h.add(r, tombstone, data)
+	return h.add(r, tombstone, data)
 }
 
 // rowFinder finds the rows that were applied before it was made: those in memory, and those that had been written.

@@ -51,9 +51,8 @@ type watch struct {
 	id   int64
 	span mvcc.Span
 
-	next int64  // everything before has been handed out
-	sub  uint32 // and this many changes of next's transaction
-	live int64  // changes from here on are queued; 0 if it is not attached
+	next int64 // everything before has been handed out
+	live int64 // changes from here on are queued; 0 if it is not attached
 
 	queue    []*mvccpb.Event // may share memory with other watches' until it is appended to
 	bytes    int64           // of the queue

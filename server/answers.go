@@ -79,6 +79,9 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 			return mem.BufferSlice{mem.SliceBuffer(appendWatchResponse(make([]byte, 0, size), answer))}, nil
 		}
 	}
+	if e, ok := v.(*encodedAnswer); ok {
+		return e.buffers(), nil
+	}
 	message, ok := v.(protobuf.Message)
 	if !ok {
 		return c.CodecV2.Marshal(v)

@@ -58,6 +58,7 @@ type watchDelivery struct {
 	id        int64
 	events    []*mvccpb.Event // whole revisions, ascending; shared, read-only; PrevKv set if asked for
 	compacted int64           // > 0: the watch has ended, because what it needed was compacted up to here
+	aside     *aside          // instead of events: what deliver reads itself, before it returns
 	err       error           // a gRPC status: the watch has ended
 }
 
@@ -70,25 +71,28 @@ type followed struct {
 	merged bool
 	ended  bool
 	ends   *watchDelivery // after what is before
+
+	interrupt context.CancelFunc // of deliver, while it reads; may be nil
 }
 
 // part is one group's part of a watch. watches.mu guards it.
 type part struct {
 	of       *followed
 	follower *groupFollower
-	next     int64           // everything before it has been taken; and, of a watch of one group, delivered
-	sight    int             // the follower's when it was given to the source
-	given    bool            // the source has it
-	begun    []*mvccpb.Event // of a transaction that comes in parts
+	next     int64 // everything before it has been taken; and, of a watch of one group, delivered
+	sight    int   // the follower's when it was given to the source
+	given    bool  // the source has it
+	aside    bool  // the transaction at next is too large to be kept
 
 	waiting []*mvccpb.Event // merged: taken, and not delivered
 	bytes   int             // of waiting
-	paused  bool            // too much waits, or the watch ends: the source must not have it
+	paused  bool            // too much waits, or is aside, or the watch ends: the source must not have it
 }
 
 const (
 	maxWatchKeyBytes = 16 << 20 // names of keys in all watches of a stream: they travel in one message
 	takeBytes        = 256 << 10
+	wholeBytes       = 2 << 20 // of a transaction for one watch; a larger one is set aside
 	feedBytes        = 1 << 20
 	eventBytes       = 2 * kvBytes // what an event takes beside its keys and values
 )
@@ -258,6 +262,9 @@ func (w *watches) end(f *followed) {
 	for _, p := range f.parts {
 		p.waiting = nil
 		p.follower.remove(p)
+	}
+	if f.interrupt != nil {
+		f.interrupt()
 	}
 	w.advanced()
 }

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
-	"google.golang.org/grpc/codes"
 
 	"kvd/fsm"
 )
@@ -71,7 +70,6 @@ func (f *groupFollower) remove(p *part) {
 // withdraw takes a part from the source. w.mu is held.
 func (f *groupFollower) withdraw(p *part) {
 	p.next = p.taken()
-	p.begun = nil
 	if p.given {
 		p.given = false
 		f.gone = append(f.gone, p.of.number)
@@ -101,7 +99,7 @@ func (f *groupFollower) reset() {
 	f.fresh, f.gone = f.fresh[:0], nil
 	for _, p := range f.parts {
 		p.next = p.taken()
-		p.given, p.begun = false, nil
+		p.given = false
 		if !p.paused {
 			f.fresh = append(f.fresh, p)
 		}
@@ -163,12 +161,7 @@ func (f *groupFollower) pending() (goal, bool) {
 	return goal{}, false
 }
 
-// maxTransactionBytes of events make a transaction too large to be delivered.
-const maxTransactionBytes = 64 << 20
-
 var (
-	errTransaction = kvdError(codes.ResourceExhausted, ReasonBusy, "a transaction has more events for the watch than can be delivered at once")
-
 	errBehind   = errors.New("server: the state of the group is behind")
 	errNoSource = errors.New("server: the state of the group has gone")
 )
@@ -260,11 +253,12 @@ func (s *stateSource) takePinned() (*batch, error) {
 	}
 	b.applied = state.AppliedIndex() // before what is taken
 	b.least = state.Revision(fsm.User)
-	if b.deliveries, err = s.feed.Take(ctx, takeBytes); err != nil {
+	take, whole := s.shares()
+	if b.deliveries, err = s.feed.Take(ctx, take, whole); err != nil {
 		s.drop() // what it has taken is lost
 		return nil, err
 	}
-	if err := s.addPrevious(ctx, b); err != nil {
+	if err := s.addPrevious(ctx, b, whole); err != nil {
 		s.drop()
 		return nil, err
 	}
@@ -272,6 +266,13 @@ func (s *stateSource) takePinned() (*batch, error) {
 		s.addNext(b)
 	}
 	return b, nil
+}
+
+// shares are the most bytes to take at once, about, and of one transaction.
+func (f *groupFollower) shares() (take, whole int) {
+	f.w.mu.Lock()
+	defer f.w.mu.Unlock()
+	return f.w.shareOf(takeBytes), f.w.shareOf(wholeBytes)
 }
 
 // addNext says how far the merged watches are, of which others that lag must not
@@ -339,7 +340,7 @@ func (s *stateSource) register() (refused []fsm.Delivery, _ error) {
 }
 
 // addPrevious adds what keys were before, for the watches that ask for it.
-func (s *stateSource) addPrevious(ctx context.Context, b *batch) error {
+func (s *stateSource) addPrevious(ctx context.Context, b *batch, most int) error {
 	for i := range b.deliveries {
 		d := &b.deliveries[i]
 		s.w.mu.Lock()
@@ -349,26 +350,36 @@ func (s *stateSource) addPrevious(ctx context.Context, b *batch) error {
 		if !wanted {
 			continue
 		}
-		var err error
-		if d.Events, err = withPrevious(ctx, s.state, d.Events); err != nil {
+		if err := addPrevious(ctx, s.state, d, most); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// withPrevious copies events and adds what their keys were before.
-func withPrevious(ctx context.Context, state *fsm.Store, events []*mvccpb.Event) ([]*mvccpb.Event, error) {
-	all, out := make([]mvccpb.Event, len(events)), make([]*mvccpb.Event, len(events))
-	for i, e := range events {
+// addPrevious copies events and adds what their keys were before. Where they
+// take more than most bytes then, the delivery ends before a transaction, which
+// is set aside.
+func addPrevious(ctx context.Context, state *fsm.Store, d *fsm.Delivery, most int) error {
+	events := make([]*mvccpb.Event, 0, len(d.Events))
+	whole, bytes := 0, 0 // events of whole transactions
+	for i, e := range d.Events {
+		if i > 0 && e.Kv.ModRevision != d.Events[i-1].Kv.ModRevision {
+			whole = i
+		}
 		previous, err := state.PrevKV(ctx, e.Kv.Key, e.Kv.ModRevision)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		all[i].Type, all[i].Kv, all[i].PrevKv = e.Type, e.Kv, previous
-		out[i] = &all[i]
+		e = &mvccpb.Event{Type: e.Type, Kv: e.Kv, PrevKv: previous}
+		if bytes += sizeOfEvent(e); bytes > most {
+			d.Events, d.Next, d.Huge = events[:whole], d.Events[whole].Kv.ModRevision, true
+			return nil
+		}
+		events = append(events, e)
 	}
-	return out, nil
+	d.Events = events
+	return nil
 }
 
 // wait returns when there may be something to take. An error means that another
@@ -474,13 +485,13 @@ func (s *stateSource) await(index uint64) {
 func (f *groupFollower) accept(b *batch) error {
 	for i := range b.deliveries {
 		d := &b.deliveries[i]
-		p, events := f.whole(d)
+		p := f.wanted(d)
 		switch {
 		case p == nil:
 		case p.of.merged:
-			f.keep(p, d, events)
+			f.keep(p, d)
 		default:
-			if err := f.pass(p, d, events); err != nil {
+			if err := f.pass(p, d); err != nil {
 				return err
 			}
 		}
@@ -501,7 +512,7 @@ func (f *groupFollower) accept(b *batch) error {
 
 // sawOne notes how far one part is, while others lag. w.mu is held.
 func (f *groupFollower) sawOne(p *part, next int64, b *batch) {
-	if p == nil || !p.given || len(p.begun) > 0 {
+	if p == nil || !p.given {
 		return
 	}
 	p.next = max(p.next, next)
@@ -512,56 +523,46 @@ func (f *groupFollower) sawOne(p *part, next int64, b *batch) {
 	}
 }
 
-// whole puts together what has come in parts. It returns nothing if nothing can
-// be delivered yet, or if nobody wants it any more.
-func (f *groupFollower) whole(d *fsm.Delivery) (*part, []*mvccpb.Event) {
+// wanted is the part that a delivery is of; nil if nobody wants it any more.
+func (f *groupFollower) wanted(d *fsm.Delivery) *part {
 	f.w.mu.Lock()
 	defer f.w.mu.Unlock()
 	p := f.parts[d.ID]
 	if p == nil || !p.given { // cancelled, or paused
-		return nil, nil
+		return nil
 	}
-	events := d.Events
-	switch {
-	case d.Compacted > 0: // the rest of what has begun does not come
-		events = nil
-	case len(p.begun) > 0:
-		events = append(p.begun, events...)
-	}
-	p.begun = nil
 	if d.Compacted > 0 && d.Compacted <= p.taken() { // nothing is gone that it does not have: it goes on from there
 		p.next, p.given = p.taken(), false
 		f.missing(p)
-		return nil, nil
+		return nil
 	}
-	if !d.More {
-		return p, events
-	}
-	if p.begun = events; d.Next == 0 || sizeOfEvents(events) > maxTransactionBytes {
-		p.of.ends = &watchDelivery{err: errTransaction}
-		f.stop(p)
-		if !p.of.merged {
-			return p, nil
-		}
-		f.w.holding[p.of.number] = p.of
-	}
-	return nil, nil
+	return p
 }
 
 // pass delivers what has been taken for a watch of one group.
-func (f *groupFollower) pass(p *part, d *fsm.Delivery, events []*mvccpb.Event) error {
-	if len(events) > 0 {
-		if err := f.w.send(p.of, watchDelivery{events: events}); err != nil {
+func (f *groupFollower) pass(p *part, d *fsm.Delivery) error {
+	if len(d.Events) > 0 {
+		if err := f.w.send(p.of, watchDelivery{events: d.Events}); err != nil {
+			return err
+		}
+	}
+	f.w.mu.Lock()
+	if d.Compacted > 0 {
+		p.of.ends = &watchDelivery{compacted: d.Compacted}
+	}
+	p.next = max(p.next, d.Next)
+	if d.Huge {
+		f.setAside(p)
+	}
+	f.w.advanced()
+	f.w.mu.Unlock()
+	if d.Huge {
+		if err := f.w.sendAside(p); err != nil {
 			return err
 		}
 	}
 	f.w.mu.Lock()
 	ends := p.of.ends
-	if d.Compacted > 0 {
-		ends = &watchDelivery{compacted: d.Compacted}
-	}
-	p.next = max(p.next, d.Next)
-	f.w.advanced()
 	f.w.mu.Unlock()
 	if ends != nil {
 		return f.w.send(p.of, *ends)
@@ -571,13 +572,13 @@ func (f *groupFollower) pass(p *part, d *fsm.Delivery, events []*mvccpb.Event) e
 
 // keep keeps what has been taken for a watch of many groups. One that waits for
 // much already is taken no more of.
-func (f *groupFollower) keep(p *part, d *fsm.Delivery, events []*mvccpb.Event) {
+func (f *groupFollower) keep(p *part, d *fsm.Delivery) {
 	f.w.mu.Lock()
 	defer f.w.mu.Unlock()
 	if p.of.ended {
 		return
 	}
-	if d.Compacted > 0 || len(events) > 0 {
+	if d.Compacted > 0 || d.Huge || len(d.Events) > 0 {
 		f.w.holding[p.of.number] = p.of
 	}
 	if d.Compacted > 0 { // nothing that comes after it is resolved
@@ -585,10 +586,13 @@ func (f *groupFollower) keep(p *part, d *fsm.Delivery, events []*mvccpb.Event) {
 		f.stop(p)
 		return
 	}
-	p.waiting = append(p.waiting, events...)
-	p.bytes += sizeOfEvents(events)
+	p.waiting = append(p.waiting, d.Events...)
+	p.bytes += sizeOfEvents(d.Events)
 	p.next = max(p.next, d.Next)
-	if p.bytes > f.w.partBytes() {
+	switch {
+	case d.Huge:
+		f.setAside(p)
+	case p.bytes > f.w.partBytes():
 		f.stop(p)
 	}
 	signalOnce(f.w.asks)
@@ -608,9 +612,13 @@ func (f *groupFollower) resume(p *part) {
 
 func sizeOfEvents(events []*mvccpb.Event) (n int) {
 	for _, e := range events {
-		n += eventBytes + len(e.Kv.Key) + len(e.Kv.Value) + len(e.PrevKv.GetValue())
+		n += sizeOfEvent(e)
 	}
 	return n
+}
+
+func sizeOfEvent(e *mvccpb.Event) int {
+	return eventBytes + len(e.Kv.Key) + len(e.Kv.Value) + len(e.PrevKv.GetKey()) + len(e.PrevKv.GetValue())
 }
 
 // signalOnce wakes the receiver of a channel of capacity 1.

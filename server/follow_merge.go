@@ -8,10 +8,8 @@ import (
 )
 
 const (
-	// allWaitingBytes is what the streams of a node keep together, about, of what other nodes have told, and until it is
-	// resolved; each of their parts at least leastShare.
-	allWaitingBytes = 256 << 20
-	leastShare      = 4 << 10
+	// leastShare is what each part of each stream may keep, however many there are.
+	leastShare = 4 << 10
 	// waitingBytes is what the merged watches of a stream keep, about, until it
 	// is resolved; each part of each at least leastPartBytes.
 	waitingBytes   = 16 << 20
@@ -33,10 +31,10 @@ func (w *watches) partBytes() int {
 }
 
 // shareOf is at most what a part of this stream may keep, less if there are so many streams that all of them would keep
-// too much if their clients did not read. w.mu is held.
+// more than Config.MaxWatchBytes if their clients did not read. w.mu is held.
 func (w *watches) shareOf(most int) int {
 	parts := max(1, w.router.following.Load()*int64(len(w.groups)))
-	return min(most, max(int(allWaitingBytes/parts), leastShare))
+	return min(most, max(int(w.router.cfg.MaxWatchBytes/parts), w.router.least))
 }
 
 // startMerging begins what merged watches need. w.mu is held.
@@ -54,7 +52,7 @@ func (w *watches) startMerging() {
 // revisions, and each revision is of one group.
 func (w *watches) merge() {
 	for {
-		f, events, ends := w.resolved()
+		f, events, p, ends := w.resolved()
 		switch {
 		case f == nil:
 			select {
@@ -68,6 +66,10 @@ func (w *watches) merge() {
 				return
 			}
 			w.delivered(f, events)
+		case p != nil:
+			if w.sendAside(p) != nil {
+				return
+			}
 		default:
 			if w.send(f, *ends) != nil {
 				return
@@ -76,20 +78,23 @@ func (w *watches) merge() {
 	}
 }
 
-// resolved is something that can be delivered, or the end of a watch; nothing if
-// there is none.
-func (w *watches) resolved() (*followed, []*mvccpb.Event, *watchDelivery) {
+// resolved is something that can be delivered: events, or what is aside in a
+// part, or the end of a watch; nothing if there is none.
+func (w *watches) resolved() (*followed, []*mvccpb.Event, *part, *watchDelivery) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, f := range w.holding {
 		if events := f.resolved(w.router.cfg.faults.unresolvedEvents); len(events) > 0 {
-			return f, events, nil
+			return f, events, nil, nil
+		}
+		if p := f.resolvedAside(); p != nil {
+			return f, nil, p, nil
 		}
 		if f.ends != nil {
-			return f, nil, f.ends
+			return f, nil, nil, f.ends
 		}
 	}
-	return nil, nil, nil
+	return nil, nil, nil, nil
 }
 
 // resolved are the next events of a watch that can be delivered, up to
@@ -139,13 +144,11 @@ func (w *watches) delivered(f *followed, events []*mvccpb.Event) {
 	if f.ended {
 		return
 	}
-	holds := f.ends != nil
 	for _, p := range f.parts {
 		n := 0
 		for n < len(p.waiting) && p.waiting[n].Kv.ModRevision <= last {
 			n++
 		}
-		holds = holds || n < len(p.waiting)
 		if n == 0 {
 			continue
 		}
@@ -154,13 +157,11 @@ func (w *watches) delivered(f *followed, events []*mvccpb.Event) {
 		if p.waiting = p.waiting[n:]; len(p.waiting) == 0 {
 			p.waiting = nil
 		}
-		if p.paused && f.ends == nil && p.bytes <= w.partBytes()/2 {
+		if p.paused && !p.aside && f.ends == nil && p.bytes <= w.partBytes()/2 {
 			p.follower.resume(p)
 		}
 	}
-	if !holds {
-		delete(w.holding, f.number)
-	}
+	w.release(f)
 	w.advanced()
 }
 
@@ -208,6 +209,9 @@ func (w *watches) unresolved() (at int64, groups []uint64) {
 		for _, p := range f.parts {
 			if n := len(p.waiting); n > 0 {
 				at = max(at, p.waiting[n-1].Kv.ModRevision)
+			}
+			if p.aside {
+				at = max(at, p.next)
 			}
 		}
 	}

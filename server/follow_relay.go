@@ -10,7 +10,6 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/protobuf/proto"
 
 	"kvd/fsm"
@@ -50,12 +49,12 @@ type relay struct {
 //	answer:   version 1, code 1 | flags 1, applied 8, revision 8 |
 //	          for each delivery: size (uvarint), WatchResponse: the watch by its
 //	          number in the question, events, compact_revision, and in the header
-//	          the revision that the watch goes on from, or 0 if a transaction is too large
+//	          the revision that the watch goes on from; fragment: what is there is too large
 type question struct {
 	group   uint64
 	wait    time.Duration
 	index   uint64 // answer as soon as the state has applied it; 0 = when something has happened
-	most    int    // bytes of events in the answer, about; one transaction at least
+	most    int    // bytes of events of one transaction, and in the answer, about
 	watches []asked
 }
 
@@ -153,7 +152,7 @@ func (y *relay) question() (q *question, hurried bool) {
 	y.w.mu.Lock()
 	defer y.w.mu.Unlock()
 	y.reset()
-	q = &question{group: y.group, wait: pollWait, most: y.w.shareOf(pollBytes)}
+	q = &question{group: y.group, wait: pollWait, most: y.w.shareOf(wholeBytes)}
 	for _, p := range y.fresh {
 		if p.of.ended || p.given {
 			continue
@@ -264,17 +263,21 @@ func (q *question) encode(ctx context.Context) []byte {
 	payload = binary.BigEndian.AppendUint32(payload, uint32(q.wait.Milliseconds()))
 	payload = binary.BigEndian.AppendUint64(payload, q.index)
 	payload = binary.BigEndian.AppendUint32(payload, uint32(q.most))
-	for _, w := range q.watches {
-		flags := byte(0)
-		if w.prevKV {
-			flags |= flagPrevKV
-		}
-		payload = binary.BigEndian.AppendUint64(append(payload, flags), uint64(w.from))
-		payload = binary.AppendUvarint(payload, uint64(len(w.key)))
-		payload = binary.AppendUvarint(payload, uint64(len(w.end)))
-		payload = append(append(payload, w.key...), w.end...)
+	for i := range q.watches {
+		payload = q.watches[i].encode(payload)
 	}
 	return payload
+}
+
+func (w *asked) encode(payload []byte) []byte {
+	flags := byte(0)
+	if w.prevKV {
+		flags |= flagPrevKV
+	}
+	payload = binary.BigEndian.AppendUint64(append(payload, flags), uint64(w.from))
+	payload = binary.AppendUvarint(payload, uint64(len(w.key)))
+	payload = binary.AppendUvarint(payload, uint64(len(w.end)))
+	return append(append(payload, w.key...), w.end...)
 }
 
 // decodeQuestion also returns the milliseconds that the caller waits.
@@ -286,7 +289,7 @@ func decodeQuestion(payload []byte) (*question, uint32, error) {
 		group: binary.BigEndian.Uint64(payload[1:]),
 		wait:  time.Duration(binary.BigEndian.Uint32(payload[13:])) * time.Millisecond,
 		index: binary.BigEndian.Uint64(payload[17:]),
-		most:  int(min(binary.BigEndian.Uint32(payload[25:]), pollBytes)),
+		most:  int(min(binary.BigEndian.Uint32(payload[25:]), wholeBytes)),
 	}
 	for rest := payload[questionHeader:]; len(rest) > 0; {
 		var w asked
@@ -420,7 +423,7 @@ func (s *pollSource) take(ctx context.Context) (*batch, error) {
 	b := &batch{}
 	switch {
 	case s.feed == nil:
-		s.state, s.feed = state, state.NewFeed(feedBytes)
+		s.state, s.feed = state, state.NewFeed(int64(min(s.most, feedBytes)))
 		if b.deliveries, err = s.register(); err != nil {
 			return nil, elsewhere(err)
 		}
@@ -428,7 +431,7 @@ func (s *pollSource) take(ctx context.Context) (*batch, error) {
 		return nil, elsewhere(errNoSource)
 	}
 	b.applied = state.AppliedIndex() // before what is taken
-	taken, err := s.takeWhole(ctx)
+	taken, err := s.takeFew(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -451,65 +454,31 @@ func (s *pollSource) register() (refused []fsm.Delivery, _ error) {
 	return refused, nil
 }
 
-// takeWhole takes no transaction in parts. One that is too large leaves a
-// delivery without a Next.
-func (s *pollSource) takeWhole(ctx context.Context) (out []fsm.Delivery, err error) {
-	open := make(map[int64]int) // deliveries that are not whole, by watch
-	cancelled := make(map[int64]bool)
+// takeFew takes about as much as an answer may have.
+func (s *pollSource) takeFew(ctx context.Context) ([]fsm.Delivery, error) {
 	most := max(1, s.most)
-	for n := 0; n < most || len(open) > 0; {
-		taken, err := s.feed.Take(ctx, most-min(n, most-1))
-		if err != nil {
-			return nil, elsewhere(err)
-		}
-		if len(taken) == 0 {
-			break
-		}
-		for _, d := range taken {
-			if cancelled[d.ID] {
-				continue
-			}
-			size := sizeOfEvents(d.Events)
-			if err := s.meter.Take(size); err != nil {
-				return nil, err
-			}
-			n += size
-			if d.Events, err = s.withPrevious(ctx, &d); err != nil {
-				return nil, err
-			}
-			i, begun := open[d.ID]
-			if begun {
-				out[i].Events = append(out[i].Events, d.Events...)
-				out[i].Next, out[i].Compacted = d.Next, d.Compacted
-			} else {
-				i = len(out)
-				out = append(out, d)
-			}
-			delete(open, d.ID)
-			switch {
-			case d.Compacted > 0: // the rest of what has begun does not come
-				out[i].Events = nil
-			case d.More && sizeOfEvents(out[i].Events) > maxTransactionBytes:
-				s.feed.Cancel(d.ID)
-				cancelled[d.ID] = true
-				out[i].Events, out[i].Next = nil, 0
-			case d.More:
-				open[d.ID] = i
-			}
-		}
-	}
-	return out, nil
-}
-
-func (s *pollSource) withPrevious(ctx context.Context, d *fsm.Delivery) ([]*mvccpb.Event, error) {
-	if !s.watches[d.ID].prevKV {
-		return d.Events, nil
-	}
-	events, err := withPrevious(ctx, s.state, d.Events)
+	taken, err := s.feed.Take(ctx, min(most, pollBytes), most)
 	if err != nil {
 		return nil, elsewhere(err)
 	}
-	return events, s.meter.Take(sizeOfEvents(events))
+	ended := make(map[int64]bool) // before what is set aside
+	out := taken[:0]
+	for _, d := range taken {
+		if ended[d.ID] {
+			continue
+		}
+		if s.watches[d.ID].prevKV {
+			if err := addPrevious(ctx, s.state, &d, most); err != nil {
+				return nil, elsewhere(err)
+			}
+		}
+		if err := s.meter.Take(sizeOfEvents(d.Events)); err != nil {
+			return nil, err
+		}
+		ended[d.ID] = d.Huge
+		out = append(out, d)
+	}
+	return out, nil
 }
 
 func (b *batch) encode() ([]byte, error) {
@@ -524,7 +493,9 @@ func (b *batch) encode() ([]byte, error) {
 	reply = binary.BigEndian.AppendUint64(reply, uint64(b.revision))
 	for i := range b.deliveries {
 		d := &b.deliveries[i]
-		message := &pb.WatchResponse{WatchId: d.ID, Header: &pb.ResponseHeader{Revision: d.Next}, Events: d.Events, CompactRevision: d.Compacted}
+		message := &pb.WatchResponse{
+			WatchId: d.ID, Header: &pb.ResponseHeader{Revision: d.Next}, Events: d.Events, CompactRevision: d.Compacted, Fragment: d.Huge,
+		}
 		reply = binary.AppendUvarint(reply, uint64(proto.Size(message)))
 		var err error
 		if reply, err = (proto.MarshalOptions{UseCachedSize: true}).MarshalAppend(reply, message); err != nil {
@@ -566,12 +537,8 @@ func (q *question) decodeDelivery(data []byte, next map[int64]int64) (*fsm.Deliv
 		return nil, errBadAnswer
 	}
 	w := &q.watches[m.WatchId]
-	d := &fsm.Delivery{ID: w.number, Events: m.Events, Next: m.Header.Revision, Compacted: m.CompactRevision}
+	d := &fsm.Delivery{ID: w.number, Events: m.Events, Next: m.Header.Revision, Compacted: m.CompactRevision, Huge: m.Fragment}
 	if d.Compacted > 0 {
-		return d, nil
-	}
-	if d.Next == 0 && len(d.Events) == 0 { // too large
-		d.More = true
 		return d, nil
 	}
 	from := max(w.from, next[m.WatchId])

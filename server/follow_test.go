@@ -38,7 +38,7 @@ func (w *world) changes() []*mvccpb.Event {
 			if _, err := store.Apply(uint64(i)+1, entry.term, entry.data); err != nil {
 				w.t.Fatal(err)
 			}
-			taken, err := feed.Take(w.t.Context(), 1<<20)
+			taken, err := feed.Take(w.t.Context(), 1<<20, 1<<30)
 			if err != nil {
 				w.t.Fatal(err)
 			}
@@ -94,7 +94,10 @@ type told struct {
 	events   int
 }
 
-func (o *observer) deliver(d watchDelivery) {
+func (o *observer) deliver(ctx context.Context, d watchDelivery) {
+	if d.aside != nil && !d.read(ctx, 700) {
+		return
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	switch {
@@ -119,6 +122,22 @@ func (o *observer) deliver(d watchDelivery) {
 	if n := len(d.events); n > 0 {
 		o.next = d.events[n-1].Kv.ModRevision + 1
 	}
+}
+
+// read reads what is aside, as deliver has to; false if it could not be read.
+func (d *watchDelivery) read(ctx context.Context, maxBytes int) bool {
+	ctx, cancel := d.aside.within(ctx)
+	defer cancel()
+	var all []*mvccpb.Event
+	for from, more := uint32(0), true; more; more = from > 0 {
+		events, next, err := d.aside.read(ctx, from, maxBytes)
+		if d.aside.compacted = compactedBy(err); err != nil {
+			return false
+		}
+		all, from = append(all, events...), next
+	}
+	d.events = all
+	return true
 }
 
 // begins follows from where the observer is.
@@ -220,7 +239,7 @@ func (a *audience) open(ctx context.Context, node string) error {
 		if slow {
 			time.Sleep(5 * time.Millisecond)
 		}
-		a.observers[d.id-1].deliver(d)
+		a.observers[d.id-1].deliver(ctx, d)
 		return nil
 	})
 	for _, o := range a.observers {
@@ -360,8 +379,8 @@ func (w *world) heal() {
 }
 
 // watchAtRandom writes, disturbs, and holds what clients see against the
-// history.
-func watchAtRandom(t *testing.T, seed uint64, compact bool, plant func(*faults)) error {
+// history. The fewer bytes may be kept, the more is set aside.
+func watchAtRandom(t *testing.T, seed uint64, compact bool, least int, plant func(*faults)) error {
 	g := rand.New(rand.NewPCG(seed, 0))
 	w := newWorld(t, 5, 6, 2, func(c *Config) {
 		if plant != nil {
@@ -369,6 +388,10 @@ func watchAtRandom(t *testing.T, seed uint64, compact bool, plant func(*faults))
 		}
 	})
 	w.hung = make(map[string]bool)
+	for _, s := range w.servers {
+		s.router.following.Add(1 << 40)
+		s.router.least = least
+	}
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	var tasks, writers sync.WaitGroup
@@ -444,11 +467,11 @@ func watchAtRandom(t *testing.T, seed uint64, compact bool, plant func(*faults))
 // every change once, in order, and is told of no progress that it has not made.
 func TestWatchesSeeEveryChangeOnce(t *testing.T) {
 	first := rand.Uint64()
-	for i := range uint64(4) {
-		seed := first + i
+	for i, least := range []int{leastShare, leastShare, 1, 400} {
+		seed := first + uint64(i)
 		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				if err := watchAtRandom(t, seed, i%2 == 1, nil); err != nil {
+				if err := watchAtRandom(t, seed, i%2 == 1, least, nil); err != nil {
 					t.Fatal(err)
 				}
 			})
@@ -462,12 +485,17 @@ func TestWatchTestsSeeFaults(t *testing.T) {
 		"progress is early":         func(f *faults) { f.earlyProgress = true },
 		"events are not resolved":   func(f *faults) { f.unresolvedEvents = true },
 		"a relay loses what it got": func(f *faults) { f.relaySkips = true },
+		"what is aside is lost":     func(f *faults) { f.asideLost = true },
 	} {
 		t.Run(name, func(t *testing.T) {
 			first := rand.Uint64()
+			least := leastShare
+			if name == "what is aside is lost" {
+				least = 1
+			}
 			for i := range uint64(12) {
 				var err error
-				synctest.Test(t, func(t *testing.T) { err = watchAtRandom(t, first+i, false, plant) })
+				synctest.Test(t, func(t *testing.T) { err = watchAtRandom(t, first+i, false, least, plant) })
 				if err != nil {
 					return
 				}
@@ -616,13 +644,13 @@ func TestHugeTransactions(t *testing.T) {
 	if err := feed.Watch(1, []byte("{t}"), []byte("{t~"), deleted); err != nil {
 		t.Fatal(err)
 	}
-	if taken, err := feed.Take(t.Context(), 1); err != nil || !taken[0].More {
-		t.Fatalf("the transaction does not come in parts: %v", err)
+	if taken, err := feed.Take(t.Context(), 1, wholeBytes); err != nil || !taken[0].Huge {
+		t.Fatalf("the transaction is not too large: %v", err)
 	}
 	for _, node := range w.nodes {
 		for _, spec := range []watchSpec{{key: []byte("{t}"), end: []byte("{t~"), from: deleted}, {key: []byte{0}, end: []byte{0}, from: deleted}} {
 			d := <-w.watch(node, spec).deliveries
-			if len(d.events) != batches*batch || d.events[0].Kv.ModRevision != deleted || d.events[batches*batch-1].Kv.ModRevision != deleted {
+			if !d.read(t.Context(), 1<<20) || len(d.events) != batches*batch || d.events[0].Kv.ModRevision != deleted || d.events[batches*batch-1].Kv.ModRevision != deleted {
 				t.Errorf("%s: %d events, %d, %v", node, len(d.events), d.compacted, d.err)
 			}
 		}

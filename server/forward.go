@@ -206,6 +206,7 @@ func (r *router) handlers() map[string]HandlerFunc {
 		all[methodLeases] = r.guarded(r.handleLeases)
 		all[methodHash] = r.guarded(r.handleHash)
 		all[methodWatchPoll] = r.guarded(r.handleWatchPoll)
+		all[methodWatchRead] = r.guarded(r.handleWatchRead)
 	}
 	return all
 }

@@ -33,7 +33,9 @@ type router struct {
 	gating    atomic.Int64 // groups whose gates other nodes wait for
 	polls     atomic.Int64 // questions for watches that other nodes wait for
 	following atomic.Int64 // streams of watches on this node
+	least     int          // leastShare
 	resolver  resolver
+	asides    asides
 	fetches   chan struct{} // one per request that reads several groups at a time
 	hashing   chan struct{} // one per digest computed for another node
 
@@ -67,6 +69,8 @@ func newRouter(cfg *Config, m *metrics) *router {
 	r := &router{cfg: cfg, metrics: m, sizes: defaultPageSizes, sharded: cfg.Groups.Sharded(), reads: make(map[uint64]*rounds), answers: answers{max: cfg.MaxAnswerBytes}}
 	r.cuts.router, r.leases.router, r.started = r, r, time.Now()
 	r.resolver.router = r
+	r.least = leastShare
+	r.asides.init(cfg.MaxWatchBytes)
 	r.fetches = make(chan struct{}, maxMerges)
 	r.hashing = make(chan struct{}, max(cfg.MaxHashes, 1))
 	r.leaving = make(chan struct{})

@@ -127,6 +127,7 @@ type Config struct {
 	MaxWatchStreams      int           // on this node; more are refused; 8192
 	MaxWatches           int           // on this node; more are refused; 262144
 	MaxStreamWatches     int           // of one stream; 65536
+	MaxWatchBytes        int64         // kept for clients' watches until they read, and as much of what is too large for that; 256 MiB
 	WatchTimeout         time.Duration // for the client to take what its stream tells it; 30 s
 	// WatchProgressInterval is how often watches that want it and see no events are told how far they are; 10 minutes.
 	WatchProgressInterval time.Duration
@@ -164,6 +165,7 @@ type faults struct {
 	earlyProgress    bool // the progress of watches is ahead of their events
 	unresolvedEvents bool // watches are told of what other groups may still come before
 	relaySkips       bool // the last of several events that another node has for a watch is lost
+	asideLost        bool // so are transactions that are too large to be kept
 }
 
 // Defaults of what one request may have, which are etcd's, and bounds for them.
@@ -208,6 +210,7 @@ func (c *Config) setDefaults() {
 	setDefault(&c.MaxWatchStreams, 8192)
 	setDefault(&c.MaxWatches, 1<<18)
 	setDefault(&c.MaxStreamWatches, 1<<16)
+	setDefault(&c.MaxWatchBytes, 256<<20)
 	setDefault(&c.WatchTimeout, 30*time.Second)
 	setDefault(&c.WatchProgressInterval, 10*time.Minute)
 	setDefault(&c.MinLeaseTTL, 2)
@@ -248,7 +251,7 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("server: more than %d operations in a transaction", MaxMaxTxnOps)
 	case c.MaxTxnOps < 0 || c.MinLeaseTTL < 0 || c.MinLeaseTTL > maxLeaseTTL || c.MaxPendingBytes < int64(c.MaxRequestBytes) || c.MaxSnapshotStreams < 0 || c.LeaveWait < 0 || c.SnapshotTimeout < 0 || c.MaxHashes < 0 || c.MaxAnswerBytes < 0 || c.MaxConnections < 1 || c.MaxHTTPConnections < 1:
 		return errors.New("server: a limit is negative, or less may be pending than one request has")
-	case c.MaxWatchStreams < 0 || c.MaxWatches < 0 || c.MaxStreamWatches < 0 || c.WatchTimeout < 0 || c.WatchProgressInterval < 0:
+	case c.MaxWatchStreams < 0 || c.MaxWatches < 0 || c.MaxStreamWatches < 0 || c.MaxWatchBytes < 0 || c.WatchTimeout < 0 || c.WatchProgressInterval < 0:
 		return errors.New("server: a limit of watches is negative")
 	}
 	return nil
@@ -311,7 +314,7 @@ func New(cfg Config) (*Server, error) {
 	s.sessions.connect(s.gateway.conn)
 	if !s.cfg.OnlyGRPCGo {
 		s.front = s.newQuick()
-		s.serving.Go(func() { _ = s.grpc.Serve(s.inner) })
+		s.serving.Go(func() { _ = s.grpc.Serve(closable{s.inner}) })
 	}
 	s.http = s.newHTTP()
 	s.router.spawn(s.router.leases.run)
@@ -343,7 +346,7 @@ func (s *Server) StartGRPC(l net.Listener) {
 	l = netutil.LimitListener(l, s.cfg.MaxConnections)
 	s.health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)
 	s.ready.Store(true)
-	serve := s.grpc.Serve
+	serve := func(l net.Listener) error { return s.grpc.Serve(closable{l}) }
 	if s.front != nil {
 		serve = s.front.Serve
 		if s.cfg.TLS != nil {

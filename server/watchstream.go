@@ -308,6 +308,9 @@ func (w *watchStream) deliver(ctx context.Context, d watchDelivery) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	if d.aside != nil {
+		return w.deliverAside(ctx, one, d.aside)
+	}
 	return w.hand(ctx, func() error { return w.changed(ctx, d) })
 }
 

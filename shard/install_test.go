@@ -451,7 +451,7 @@ func TestAWatchGoesOnInTheStateThatReplacesItsOwn(t *testing.T) {
 			if err := feed.Watch(1, []byte("k"), nil, from); err != nil {
 				t.Fatal(err)
 			}
-			all, err := feed.Take(context.Background(), 1<<20)
+			all, err := feed.Take(context.Background(), 1<<20, 1<<20)
 			if err != nil {
 				t.Fatal(err)
 			}
