@@ -52,8 +52,23 @@ type Config struct {
 	faults faults
 }
 
+// Faults are those that whole nodes can take, in simulations.
+type Faults struct {
+	// SlowHistory is how long it takes to read a step of a watch's history. That must do no harm.
+	SlowHistory time.Duration
+	// WatchGap has a watch not read what was published while it read the history.
+	WatchGap bool
+}
+
+// Planted returns the configuration with faults.
+func (c Config) Planted(f Faults) Config {
+	c.faults.Faults = f
+	return c
+}
+
 // faults are wrong turns that tests take to see that they are noticed.
 type faults struct {
+	Faults
 	stateNotWritten func() bool           // this flush leaves out the applied index
 	rowNotWritten   func(key []byte) bool // this flush leaves out the row
 	flushFails      func() error          // this flush fails
@@ -66,7 +81,6 @@ type faults struct {
 	copying         func()                // called before a defragmentation copies
 	publishing      func()                // called when changes can be read and have not been published
 	catchingUp      func()                // called before a lagging watch reads what its view shows
-	watchGap        bool                  // a watch does not read what was published while it read the history
 	watchTwice      bool                  // a watch is given what it has read already
 	watchSplit      func()                // called between two changes of a transaction, which the feeds can see
 	anyTerm         bool                  // decisions about leases hold in other terms than theirs

@@ -67,7 +67,7 @@ func TestWatchFaultsAreNoticed(t *testing.T) {
 	}{
 		"gap at the switch": {
 			hook:  func(f *faults) { f.catchingUp = once },
-			fault: func(f *faults) { f.watchGap = true },
+			fault: func(f *faults) { f.WatchGap = true },
 			run: func(s *script, f *followed) error {
 				s.watch(f, "a", "", 2)
 				during = func() { s.puts("a") } // after the view was opened

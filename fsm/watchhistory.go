@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"time"
 
 	"go.etcd.io/bbolt"
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -77,6 +78,7 @@ func (f *Feed) readHistory(ctx context.Context, w *watch, limit, whole int) (*hi
 	if f := s.config.faults.catchingUp; f != nil {
 		f()
 	}
+	time.Sleep(s.config.faults.SlowHistory)
 	h.next = h.to + 1
 	switch {
 	case h.from.Main < v.compacted:

@@ -131,7 +131,7 @@ func (h *hub) attach(w *watch) {
 	case f.watchTwice:
 		w.live = h.published + 1
 		w.next = min(w.next, w.live)
-	case f.watchGap:
+	case f.WatchGap:
 		w.next = w.live
 	}
 	a := h.audienceOf(w.span)

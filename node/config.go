@@ -11,6 +11,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"kvd/fsm"
 	"kvd/node/bootstrap"
 	"kvd/placement"
 	"kvd/placement/sequencer"
@@ -110,8 +111,10 @@ type Config struct {
 	LogSegmentBytes int64
 	NoSync          bool
 	Faults          shard.Faults
-	// SequencerFaults are planted by tests, as Faults are.
+	// These are planted by tests, as Faults are.
 	SequencerFaults sequencer.Faults
+	ServerFaults    server.Faults
+	StateFaults     fsm.Faults
 }
 
 func setDefault[T comparable](field *T, value T) {

@@ -178,7 +178,7 @@ func (n *Node) connect(l *listeners) error {
 		OnlyGRPCGo: n.cfg.GRPCServer == GRPCServerGo,
 		Pprof:      n.cfg.Pprof, Version: n.cfg.Version,
 		Logger: n.log, Registerer: n.cfg.Registry, Gatherer: n.cfg.Registry,
-	})
+	}.Planted(n.cfg.ServerFaults))
 	if err != nil {
 		return err
 	}
@@ -267,7 +267,7 @@ func (n *Node) replicaConfig(r placement.ReplicaRef, cacheBytes int) shard.Confi
 			return g, err
 		},
 		OpenLog:          func(guard func() uint64) (shard.LogStore, error) { return n.logs.open(r, guard, cacheBytes) },
-		State:            fsm.Config{NoSync: n.cfg.NoSync, Pace: n.groups.pace},
+		State:            fsm.Config{NoSync: n.cfg.NoSync, Pace: n.groups.pace}.Planted(n.cfg.StateFaults),
 		Streams:          n.groups.streams,
 		HeartbeatTimeout: n.cfg.HeartbeatTimeout, ElectionTimeout: n.cfg.ElectionTimeout,
 		SnapshotEntries: n.cfg.SnapshotEntries, SnapshotBytes: n.cfg.SnapshotBytes, TrailingEntries: n.cfg.TrailingEntries,

@@ -442,7 +442,7 @@ func TestLeasesAliveAndDead(t *testing.T) {
 		early bool
 	}{
 		"as built":                 {func(*faults) {}, false},
-		"reigns kept":              {func(f *faults) { f.keepReigns = true }, true},
+		"reigns kept":              {func(f *faults) { f.KeepReigns = true }, true},
 		"renewed by whoever leads": {func(f *faults) { f.renewUnconfirmed = true }, true},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -120,7 +120,7 @@ func (g *reign) begin() error {
 // lasts reports whether this node still leads the group in the term, as far as it knows.
 func (g *reign) lasts() bool {
 	leader := g.replica.Leader()
-	return g.ctx.Err() == nil && leader.Self && (leader.Term == g.term || g.router.cfg.faults.keepReigns)
+	return g.ctx.Err() == nil && (leader.Self && leader.Term == g.term || g.router.cfg.faults.KeepReigns)
 }
 
 // pause is how long there is nothing to do unless the table changes.
@@ -215,7 +215,7 @@ func (g *reign) task(f func()) bool {
 
 // guard is the term that what the reign proposes is for.
 func (g *reign) guard() uint64 {
-	if g.router.cfg.faults.keepReigns {
+	if g.router.cfg.faults.KeepReigns {
 		return 0
 	}
 	return g.term
@@ -308,7 +308,7 @@ func (l *leases) of(ctx context.Context, group uint64, replica Replica, term uin
 			return nil, ctx.Err()
 		}
 		switch {
-		case g.term == term || l.router.cfg.faults.keepReigns:
+		case g.term == term || l.router.cfg.faults.KeepReigns:
 			return g, nil
 		case g.term > term:
 			return nil, shard.ErrNotLeader

@@ -145,8 +145,22 @@ type Config struct {
 	follow func(ctx context.Context, deliver func(watchDelivery) error) watchFeed // of tests, instead of newWatches
 }
 
+// Faults are those that simulations of whole nodes can plant, too.
+type Faults struct {
+	ProgressAhead bool // a client is told that it has everything before it has
+	KeepReigns    bool // a leader goes on with the leases' time of an earlier term, whenever it leads
+}
+
+// Planted returns the configuration with faults.
+func (c Config) Planted(f Faults) Config {
+	c.faults.Faults = f
+	return c
+}
+
 // faults are planted by tests to prove that the tests see them.
 type faults struct {
+	Faults
+
 	joinSentRound      bool // a read joins a round whose request has already been sent
 	joinBegunCut       bool // a read joins a cut whose revision has already been asked for
 	missShard          bool // a cut lacks a group
@@ -154,10 +168,8 @@ type faults struct {
 	readNewest         bool // a group answers at its newest revision instead of the cut's
 	limitPerShard      bool // each group's answer is limited, and not the whole
 	shardHeader        bool // an answer has the revision of a group
-	progressAhead      bool // a client is told that it has everything before it has
 	retryUnknown       bool // a write of unknown outcome is proposed again
 	readAfterTxn       bool // what a transaction reads in other groups is read at a later revision
-	keepReigns         bool // a leader goes on with the leases' time of an earlier term, whenever it leads
 	renewUnconfirmed   bool // leases are renewed by whoever thinks to lead
 	keepCheckpoints    bool // a renewal leaves the checkpoint in the table
 	attachUnregistered bool // the lease's home is not told of the groups that have its keys

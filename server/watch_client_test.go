@@ -320,7 +320,7 @@ func TestProgressUnderWrites(t *testing.T) {
 	if why := lost(t, faults{}); why != "" {
 		t.Fatal(why)
 	}
-	for _, planted := range []faults{{progressAhead: true}, {earlyProgress: true}} {
+	for _, planted := range []faults{{Faults: Faults{ProgressAhead: true}}, {earlyProgress: true}} {
 		noticed := false
 		for try := 0; try < 100 && !noticed; try++ { // it takes a lucky moment
 			noticed = lost(t, planted) != ""

@@ -749,7 +749,7 @@ func TestProgressDoesNotOvertakeEvents(t *testing.T) {
 	if overtakes(t, faults{}) {
 		t.Fatal("told that there is nothing up to revision 2")
 	}
-	if !overtakes(t, faults{progressAhead: true}) {
+	if !overtakes(t, faults{Faults: Faults{ProgressAhead: true}}) {
 		t.Fatal("the planted fault was not noticed")
 	}
 }

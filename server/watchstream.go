@@ -380,7 +380,7 @@ func (w *watchStream) progress(ctx context.Context) (revision, added int64, err 
 	w.mu.Lock()
 	added = w.added
 	w.mu.Unlock()
-	if w.service.router.cfg.faults.progressAhead {
+	if w.service.router.cfg.faults.ProgressAhead {
 		return w.service.newest(ctx, 0), added, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, progressTimeout)

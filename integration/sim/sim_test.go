@@ -15,11 +15,13 @@ import (
 	"testing/synctest"
 	"time"
 
+	"kvd/fsm"
 	"kvd/integration/leases"
 	"kvd/integration/linearizability"
 	"kvd/integration/watches"
 	"kvd/node"
 	"kvd/ring"
+	"kvd/server"
 	"kvd/shard"
 )
 
@@ -49,13 +51,37 @@ type report struct {
 	held    leases.Summary
 }
 
+// slow is a disk on which watches are overtaken while they read the past.
+var slow = fsm.Faults{SlowHistory: 30 * time.Millisecond}
+
 // full is three nodes that all hold every key.
 func full(faults shard.Faults) shape {
-	return shape{nodes: 3, strategy: node.StrategyFull, faults: faults, think: 300 * time.Millisecond}
+	return shape{nodes: 3, strategy: node.StrategyFull, faults: faults, state: slow, think: 300 * time.Millisecond}
 }
 
 func lying(s shape) shape {
 	s.lies = true
+	return s
+}
+
+func handing(s shape) shape {
+	s.hands = true
+	return s
+}
+
+func serving(s shape, f server.Faults) shape {
+	s.server = f
+	return s
+}
+
+// few is a smaller cluster, for faults that need no more.
+func few(s shape) shape {
+	s.nodes, s.spare, s.shards, s.copies = 3, false, 3, 2
+	return s
+}
+
+func gapped(s shape) shape {
+	s.state.WatchGap = true
 	return s
 }
 
@@ -67,7 +93,7 @@ func cutting(s shape) shape {
 // sharded is five nodes, and a sixth that comes and goes, with eight shards of
 // three copies.
 func sharded(faults shard.Faults) shape {
-	return shape{nodes: 5, spare: true, strategy: node.StrategyConsistent, shards: 8, copies: 3, faults: faults, think: 300 * time.Millisecond}
+	return shape{nodes: 5, spare: true, strategy: node.StrategyConsistent, shards: 8, copies: 3, faults: faults, state: slow, think: 300 * time.Millisecond}
 }
 
 // keys that clients meet at, in one shard: transactions have several. Requests
@@ -280,14 +306,20 @@ func TestPlantedFaultsAreCaught(t *testing.T) {
 		"acknowledged before commit":            full(shard.Faults{AcknowledgeBeforeCommit: true}),
 		"disks that lose what they have synced": lying(full(shard.Faults{})),
 		// One that was cut off answers as if nobody else did.
-		"a witness answers reads":                        sharded(shard.Faults{WitnessServes: true}),
+		"a witness answers reads":                        few(sharded(shard.Faults{WitnessServes: true})),
 		"a shard is served by its old and its new owner": cutting(sharded(shard.Faults{ReadWithoutConfirmation: true})),
+		"leases have the time of an earlier leader":      handing(serving(full(shard.Faults{}), server.Faults{KeepReigns: true})),
+		"leases of shards have it":                       handing(serving(few(sharded(shard.Faults{})), server.Faults{KeepReigns: true})),
+		"progress is ahead of events":                    serving(full(shard.Faults{}), server.Faults{ProgressAhead: true}),
+		"progress over shards is ahead":                  serving(few(sharded(shard.Faults{})), server.Faults{ProgressAhead: true}),
+		"watches have a gap":                             gapped(full(shard.Faults{})),
+		"watches over shards have a gap":                 gapped(few(sharded(shard.Faults{}))),
 	} {
 		t.Run(name, func(t *testing.T) {
 			first := firstSeed()
 			for seed := first; seed < first+60; seed++ {
 				var logs lockedBuffer
-				r := simulate(t, s, seed, runFor, 5*time.Second, &logs)
+				r := simulate(t, s, seed, 2*time.Minute, 5*time.Second, &logs)
 				if errors.Is(r.verdict, linearizability.ErrViolation) || errors.Is(r.verdict, errTorn) {
 					t.Logf("caught with seed %d, run %d: %v", seed, seed-first+1, firstLine(r.verdict))
 					return

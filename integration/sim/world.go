@@ -21,8 +21,10 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"kvd/fsm"
 	"kvd/integration/linearizability"
 	"kvd/node"
+	"kvd/server"
 	"kvd/shard"
 	"kvd/transport"
 )
@@ -36,8 +38,11 @@ type shape struct {
 	copies   int
 	think    time.Duration // a client's mean pause
 	faults   shard.Faults
+	server   server.Faults
+	state    fsm.Faults
 	lies     bool // the disks say that they have synced, and have not
 	cuts     bool // all that happens is that the founder slowest to give up its leadership is cut off
+	hands    bool // all that happens is that leaders hand over, all the time
 }
 
 // world is one cluster in one synctest bubble.
@@ -158,7 +163,7 @@ func (h *host) config(l *life) node.Config {
 				h.fatal(err)
 			}
 		},
-		Faults: h.w.faults,
+		Faults: h.w.faults, ServerFaults: h.w.server, StateFaults: h.w.state,
 	}
 }
 
@@ -367,6 +372,13 @@ func (s service) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, er
 // nemesis breaks one thing at a time until ctx is done, and repairs it.
 func (w *world) nemesis(ctx context.Context, rng *rand.Rand, h *linearizability.History, counts map[string]int, broke func(from, to time.Time)) []linearizability.Window {
 	var windows []linearizability.Window
+	if w.hands {
+		for pause(ctx, time.Duration(500+rng.IntN(1500))*time.Millisecond) {
+			w.handOver(ctx, w.names)
+			counts[handingOver]++
+		}
+		return nil
+	}
 	for {
 		if !pause(ctx, time.Duration(2+rng.IntN(8))*time.Second) {
 			return windows
@@ -391,7 +403,10 @@ func (w *world) nemesis(ctx context.Context, rng *rand.Rand, h *linearizability.
 	}
 }
 
-const cutOff = 2 // of what inject does
+const (
+	cutOff      = 2 // of what inject does
+	handingOver = "hand-over"
+)
 
 // settling is how long a cluster may need after a fault until everything is as it was.
 const settling = 20 * time.Second
@@ -401,7 +416,7 @@ func (w *world) inject(rng *rand.Rand) (fault string, repair func()) {
 	if leader := w.leader(); leader != "" && rng.IntN(2) == 0 {
 		victim = leader
 	}
-	what := rng.IntN(7)
+	what := rng.IntN(8)
 	if w.cuts {
 		victim, what = w.names[len(w.names)-1], cutOff
 	}
@@ -446,6 +461,9 @@ func (w *world) inject(rng *rand.Rand) (fault string, repair func()) {
 			w.hosts[victim].disk.stall(time.Time{})
 			w.network.Rejoin(address(victim))
 		}
+	case 6:
+		w.handOver(context.Background(), []string{victim})
+		return handingOver, func() {}
 	default:
 		slow := time.Duration(20+rng.IntN(600)) * time.Millisecond
 		for _, name := range others {
@@ -459,6 +477,25 @@ func (w *world) inject(rng *rand.Rand) (fault string, repair func()) {
 			}
 		}
 	}
+}
+
+// handOver has nodes give away all groups that they lead.
+func (w *world) handOver(ctx context.Context, nodes []string) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	var all sync.WaitGroup
+	for _, name := range nodes {
+		n := w.hosts[name].node()
+		if n == nil || n.Replica() == nil {
+			continue
+		}
+		for _, r := range append(n.Shards(), n.Replica()) {
+			if r.Leader().Self {
+				all.Go(func() { _ = r.TransferLeadership(ctx, "") }) // those that fail may go on
+			}
+		}
+	}
+	all.Wait()
 }
 
 func pause(ctx context.Context, d time.Duration) bool {
