@@ -9,6 +9,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -40,6 +41,8 @@ type fakeServer struct {
 	// views are the answers about shards, one after the other; the last one stays. Without one, there are no shards.
 	views  []*kvdpb.ShardsResponse
 	refuse error // answer of every request to change members
+	// ignored is how many streams of keep-alives get no answer.
+	ignored atomic.Int32
 	// watches are what one watch after the other is sent, none if that is not implemented; then there is no leader, and after the last one nothing more.
 	watches [][]*pb.WatchResponse
 	seen    chan struct{} // received from before there is no leader; nil = at once
@@ -202,6 +205,10 @@ func (f *fakeServer) LeaseRevoke(ctx context.Context, r *pb.LeaseRevokeRequest) 
 
 // LeaseKeepAlive renews each lease once.
 func (f *fakeServer) LeaseKeepAlive(stream grpc.BidiStreamingServer[pb.LeaseKeepAliveRequest, pb.LeaseKeepAliveResponse]) error {
+	if f.ignored.Add(-1) >= 0 {
+		<-stream.Context().Done()
+		return stream.Context().Err()
+	}
 	for {
 		r, err := stream.Recv()
 		if err != nil {

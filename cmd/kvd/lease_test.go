@@ -33,3 +33,13 @@ func TestKeepAliveEndsWithTheLease(t *testing.T) {
 		t.Errorf("printed %q and %q with exit code %d", out, errOut, code)
 	}
 }
+
+// A node that is stopped does not answer, and does not refuse either.
+func TestKeepAliveDoesNotRelyOnOneStream(t *testing.T) {
+	f := startFake(t)
+	f.ignored.Store(1)
+	code, out, errOut := kvd(t, "", "lease", "keep-alive", "1e", "--endpoints", f.addr)
+	if code != exitFailed || out != "lease 000000000000001e keepalived with TTL(1)\n" {
+		t.Errorf("printed %q and %q with exit code %d", out, errOut, code)
+	}
+}

@@ -94,6 +94,7 @@ func (h *holder) run() (err error) {
 		return err
 	}
 	defer h.etcd.Close()
+	steadyLeases(h.etcd)
 	if err := h.begin(); err != nil {
 		return err
 	}
@@ -211,15 +212,26 @@ func (h *holder) runCommand() error {
 	}
 }
 
-// release ends the lease, and the key with it.
+// release ends the lease, and the key with it. A node that does not answer is not waited for.
 func (h *holder) release() error {
 	h.session.Orphan()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(h.cmd.Context()), h.client.commandTimeout)
 	defer cancel()
-	if _, err := h.etcd.Revoke(ctx, h.session.Lease()); err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
-		return fmt.Errorf("%s could not be released, and stays held for up to %d s: %w", h.what, h.ttl, err)
+	for {
+		attempt, done := context.WithTimeout(ctx, h.client.commandTimeout/4)
+		_, err := h.etcd.Revoke(attempt, h.session.Lease())
+		done()
+		switch {
+		case err == nil, errors.Is(err, rpctypes.ErrLeaseNotFound):
+			return nil
+		case ctx.Err() != nil, !isUnavailable(err):
+			return fmt.Errorf("%s could not be released, and stays held for up to %d s: %w", h.what, h.ttl, err)
+		}
+		select {
+		case <-time.After(renewalPause):
+		case <-ctx.Done():
+		}
 	}
-	return nil
 }
 
 func (h *holder) lockEnvironment() []string {
