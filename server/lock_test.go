@@ -11,6 +11,7 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb"
@@ -96,43 +97,92 @@ func keysOf(t *testing.T, servers []*Server) (keys []string) {
 // greater token.
 func TestLocksExclude(t *testing.T) {
 	inBothStrategies(t, func(t *testing.T, servers []*Server) {
-		for _, name := range []string{"lock", "{tag}lock"} {
-			var (
-				clients sync.WaitGroup
-				holders atomic.Int64
-				token   int64 // of the last holder; only touched under the lock
-			)
-			for i := range 5 {
-				grantLease(t, servers, int64(len(name)*100+i))
-				clients.Go(func() {
-					for range 4 {
-						locked, err := v3lockpb.NewLockClient(way(servers, i)).Lock(t.Context(), &v3lockpb.LockRequest{Name: []byte(name), Lease: int64(len(name)*100 + i)})
-						if err != nil {
-							t.Error(err)
-							return
-						}
-						if n := holders.Add(1); n != 1 {
-							t.Errorf("%d clients have lock %s", n, name)
-						}
-						key, err := servers[0].KV().Range(t.Context(), &pb.RangeRequest{Key: locked.Key})
-						if err != nil || len(key.Kvs) != 1 || key.Kvs[0].CreateRevision <= token || locked.Header.Revision < key.Kvs[0].CreateRevision {
-							t.Errorf("the holder after token %d has %v, %v", token, key, err)
-							return
-						}
-						token = key.Kvs[0].CreateRevision
-						holders.Add(-1)
-						if _, err := v3lockpb.NewLockClient(way(servers, i+1)).Unlock(t.Context(), &v3lockpb.UnlockRequest{Key: locked.Key}); err != nil {
-							t.Error(err)
-						}
-					}
-				})
+		for i, name := range []string{"lock", "{tag}lock"} {
+			if why := lockInTurn(t, servers, name, int64(100*(i+1))); why != "" {
+				t.Errorf("lock %s: %s", name, why)
 			}
-			clients.Wait()
 		}
 		if keys := keysOf(t, servers); len(keys) != 0 {
 			t.Errorf("left: %q", keys)
 		}
 	})
+}
+
+// The test above notices locks that ignore who came before.
+func TestLocksThatDoNotExclude(t *testing.T) {
+	inBothStrategies(t, func(t *testing.T, servers []*Server) {
+		for _, s := range servers {
+			s.sessions.client.KV = blind{s.sessions.client.KV}
+		}
+		for try := range int64(100) { // clients may happen to come one after the other
+			if why := lockInTurn(t, servers, "lock", 100*(try+1)); why != "" {
+				t.Log(why)
+				return
+			}
+		}
+		t.Error("the fault does not show")
+	})
+}
+
+// blind does not find keys that others have made before.
+type blind struct{ clientv3.KV }
+
+func (b blind) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	if op := clientv3.OpGet(key, opts...); op.MaxCreateRev() > 0 {
+		return &clientv3.GetResponse{Header: &pb.ResponseHeader{}}, nil
+	}
+	return b.KV.Get(ctx, key, opts...)
+}
+
+// lockInTurn has clients, with leases from one on, take a lock again and again.
+// It returns what was wrong first; nothing if each was alone, with a greater
+// token than those before.
+func lockInTurn(t *testing.T, servers []*Server, name string, lease int64) string {
+	var (
+		clients        sync.WaitGroup
+		holders, token atomic.Int64
+	)
+	wrong := make(chan string, 1)
+	fail := func(format string, args ...any) {
+		select {
+		case wrong <- fmt.Sprintf(format, args...):
+		default:
+		}
+	}
+	for i := range 5 {
+		request := &v3lockpb.LockRequest{Name: []byte(name), Lease: lease + int64(i)}
+		grantLease(t, servers, request.Lease)
+		clients.Go(func() {
+			for range 4 {
+				locked, err := v3lockpb.NewLockClient(way(servers, i)).Lock(t.Context(), request)
+				if err != nil {
+					fail("%v", err)
+					return
+				}
+				if n := holders.Add(1); n != 1 {
+					fail("%d clients have it", n)
+				}
+				key, err := servers[0].KV().Range(t.Context(), &pb.RangeRequest{Key: locked.Key})
+				last := token.Load()
+				if err != nil || len(key.Kvs) != 1 || key.Kvs[0].CreateRevision <= last || locked.Header.Revision < key.Kvs[0].CreateRevision {
+					fail("the holder after token %d has %v, %v", last, key, err)
+				} else {
+					token.Store(key.Kvs[0].CreateRevision)
+				}
+				holders.Add(-1)
+				if _, err := v3lockpb.NewLockClient(way(servers, i+1)).Unlock(t.Context(), &v3lockpb.UnlockRequest{Key: locked.Key}); err != nil {
+					fail("%v", err)
+				}
+			}
+		})
+	}
+	clients.Wait()
+	select {
+	case why := <-wrong:
+		return why
+	default:
+		return ""
+	}
 }
 
 // waitFor returns once so many keys are there.
