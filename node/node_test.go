@@ -175,7 +175,7 @@ func (w *town) awaitFollower(name string) {
 
 func kvPut(t *testing.T, n *Node, key, value string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if _, err := n.KV().Put(ctx, &pb.PutRequest{Key: []byte(key), Value: []byte(value)}); err != nil {
 		t.Fatalf("put %s: %v", key, err)
@@ -184,7 +184,7 @@ func kvPut(t *testing.T, n *Node, key, value string) {
 
 func kvGet(t *testing.T, n *Node, key string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	answer, err := n.KV().Range(ctx, &pb.RangeRequest{Key: []byte(key)})
 	if err != nil {
@@ -391,7 +391,7 @@ func loopback(t *testing.T, name string, peers map[string]string) Config {
 	return Config{
 		Name: name, DataDir: filepath.Join(t.TempDir(), name), Peers: peers, ListenPeer: peers[name],
 		ListenClient: "127.0.0.1:0", ListenHTTP: "none", MinDiskFree: 1,
-		HeartbeatTimeout: 300 * time.Millisecond, ElectionTimeout: 300 * time.Millisecond,
+		HeartbeatTimeout: 2 * time.Second, ElectionTimeout: 2 * time.Second, // a machine that is busy deposes nobody
 		OnFatal: func(err error) { t.Errorf("%s halted: %v", name, err) },
 	}
 }
@@ -443,7 +443,7 @@ func TestAClusterOverLoopback(t *testing.T) {
 		var all sync.WaitGroup
 		for name, cfg := range configs {
 			all.Go(func() {
-				ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+				ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 				defer cancel()
 				n, err := Start(ctx, cfg)
 				if err != nil {

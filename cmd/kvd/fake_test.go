@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -22,6 +23,14 @@ import (
 
 	"kvd/server/kvdpb"
 )
+
+// TestMain gives commands the patience that a busy machine asks for.
+func TestMain(m *testing.M) {
+	if err := errors.Join(os.Setenv("KVD_DIAL_TIMEOUT", "1m"), os.Setenv("KVD_COMMAND_TIMEOUT", "1m")); err != nil {
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
 
 // fakeServer answers as little of etcd's API as the commands need, and records what was asked.
 type fakeServer struct {

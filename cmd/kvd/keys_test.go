@@ -97,7 +97,7 @@ func TestEnvironmentOfClientFlags(t *testing.T) {
 	if code, _, errOut := kvd(t, "", "put", "k", "v"); code != exitUsage || !strings.Contains(errOut, "KVD_DIAL_TIMEOUT") {
 		t.Fatalf("exit code %d: %s", code, errOut)
 	}
-	if code, _, errOut := kvd(t, "", "put", "k", "v", "--dial-timeout", "1s"); code != exitOK {
+	if code, _, errOut := kvd(t, "", "put", "k", "v", "--dial-timeout", "60s"); code != exitOK {
 		t.Fatalf("a flag does not beat the environment: exit code %d: %s", code, errOut)
 	}
 }
