@@ -10,6 +10,7 @@ import (
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 
 	"kvd/integration/cluster"
 )
@@ -282,7 +283,7 @@ func testFailoverOfAClient(t *testing.T, c *cluster.Cluster) {
 	for _, name := range c.Names() {
 		endpoints = append(endpoints, client(t, c, name).Endpoints()...)
 	}
-	cl, err := clientv3.New(clientv3.Config{Endpoints: endpoints, DialTimeout: 5 * time.Second})
+	cl, err := clientv3.New(clientv3.Config{Endpoints: endpoints, DialTimeout: 5 * time.Second, Logger: zap.NewNop()})
 	must(t, err)
 	defer cl.Close()
 	_, err = cl.Put(liveness(t), "failover", "before")

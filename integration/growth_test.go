@@ -9,6 +9,7 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 
 	"kvd/integration/cluster"
 	"kvd/placement"
@@ -107,7 +108,7 @@ func (y *tally) use(ctx context.Context, t *testing.T, c *cluster.Cluster, worke
 	}
 	var group sync.WaitGroup
 	for i := range workers {
-		cl, err := clientv3.New(clientv3.Config{Endpoints: endpoints, DialTimeout: 5 * time.Second})
+		cl, err := clientv3.New(clientv3.Config{Endpoints: endpoints, DialTimeout: 5 * time.Second, Logger: zap.NewNop()})
 		must(t, err)
 		t.Cleanup(func() { cl.Close() })
 		random := rand.New(rand.NewPCG(seed, uint64(i)))

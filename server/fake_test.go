@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
@@ -304,7 +305,7 @@ func (n *node) dial(t testing.TB, options ...grpc.DialOption) *grpc.ClientConn {
 // client is etcd's own.
 func (n *node) client(t testing.TB) *clientv3.Client {
 	t.Helper()
-	c, err := clientv3.New(clientv3.Config{Endpoints: []string{n.address}})
+	c, err := clientv3.New(clientv3.Config{Endpoints: []string{n.address}, Logger: zap.NewNop()})
 	if err != nil {
 		t.Fatal(err)
 	}

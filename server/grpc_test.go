@@ -22,6 +22,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
@@ -241,7 +242,7 @@ func testTLS(t *testing.T) (server, client *tls.Config) {
 func TestTLS(t *testing.T) {
 	serverTLS, clientTLS := testTLS(t)
 	n := startNode(t, func(c *Config) { c.TLS = serverTLS })
-	c, err := clientv3.New(clientv3.Config{Endpoints: []string{n.address}, TLS: clientTLS})
+	c, err := clientv3.New(clientv3.Config{Endpoints: []string{n.address}, TLS: clientTLS, Logger: zap.NewNop()})
 	if err != nil {
 		t.Fatal(err)
 	}

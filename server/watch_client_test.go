@@ -12,6 +12,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 	"google.golang.org/grpc/metadata"
 
 	"kvd/shard"
@@ -173,7 +174,7 @@ func TestClientsResume(t *testing.T) {
 		})
 		all, endpoints = append(all, n), append(endpoints, n.address)
 	}
-	client, err := clientv3.New(clientv3.Config{Endpoints: endpoints})
+	client, err := clientv3.New(clientv3.Config{Endpoints: endpoints, Logger: zap.NewNop()})
 	if err != nil {
 		t.Fatal(err)
 	}
