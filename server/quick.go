@@ -25,7 +25,7 @@ import (
 func (s *Server) grpcOptions() []grpc.ServerOption {
 	switch {
 	case !s.cfg.OnlyGRPCGo:
-		return []grpc.ServerOption{grpc.StaticStreamWindowSize(innerWindow)}
+		return []grpc.ServerOption{grpc.StaticStreamWindowSize(innerWindow), grpc.ReadBufferSize(innerReadBytes)}
 	case s.cfg.TLS != nil:
 		return []grpc.ServerOption{grpc.Creds(credentials.NewTLS(s.cfg.TLS))}
 	}
@@ -60,7 +60,8 @@ func (s *Server) newQuick() *h2.Server {
 }
 
 const (
-	innerBufferBytes = 64 << 10
+	innerBufferBytes = 16 << 10 // each way: connections with streams are many
+	innerReadBytes   = 4 << 10
 	innerWindow      = 65535 // what h2 has told the clients
 )
 
