@@ -2,8 +2,10 @@ package servers
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"math"
 	"net/http"
 	"strconv"
@@ -26,23 +28,55 @@ func Dial(endpoint string) (*grpc.ClientConn, error) {
 		}))
 }
 
-// Metric returns a metric of a node: the sum of all lines with that name, whatever their labels. 0 if there is none.
-func (c *Cluster) Metric(ctx context.Context, node int, name string) (float64, error) {
-	p := c.nodes[node]
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+p.http+"/metrics", nil)
+// InUse returns what the nodes' heaps and stacks hold after a garbage collection, in bytes.
+func (c *Cluster) InUse(ctx context.Context) (int64, error) {
+	var sum int64
+	for _, p := range c.nodes {
+		var page []byte
+		for range 2 { // the second time, what pools have kept goes, too
+			var err error
+			if page, err = get(ctx, "http://"+p.http+"/debug/pprof/heap?gc=1&debug=1"); err != nil {
+				return 0, fmt.Errorf("%s: %w", p.name, err)
+			}
+		}
+		for _, name := range []string{"HeapAlloc", "Stack"} {
+			_, rest, _ := strings.Cut(string(page), "\n# "+name+" = ")
+			end := strings.IndexFunc(rest, func(r rune) bool { return r < '0' || r > '9' })
+			n, err := strconv.ParseInt(rest[:max(end, 0)], 10, 64)
+			if err != nil {
+				return 0, fmt.Errorf("%s: no %s in its heap profile", p.name, name)
+			}
+			sum += n
+		}
+	}
+	return sum, nil
+}
+
+func get(ctx context.Context, url string) ([]byte, error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	response, err := http.DefaultClient.Do(request)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	defer response.Body.Close()
 	if response.StatusCode != http.StatusOK {
-		return 0, fmt.Errorf("metrics of %s: %s", p.name, response.Status)
+		return nil, fmt.Errorf("%s: %s", url, response.Status)
+	}
+	return io.ReadAll(response.Body)
+}
+
+// Metric returns a metric of a node: the sum of all lines with that name, whatever their labels. 0 if there is none.
+func (c *Cluster) Metric(ctx context.Context, node int, name string) (float64, error) {
+	p := c.nodes[node]
+	page, err := get(ctx, "http://"+p.http+"/metrics")
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", p.name, err)
 	}
 	var sum float64
-	lines := bufio.NewScanner(response.Body)
+	lines := bufio.NewScanner(bytes.NewReader(page))
 	for lines.Scan() {
 		rest, ok := strings.CutPrefix(lines.Text(), name)
 		if !ok || rest == "" || rest[0] != '{' && rest[0] != ' ' {

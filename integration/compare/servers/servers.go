@@ -99,7 +99,7 @@ func StartKVD(ctx context.Context, binary, dir string, nodes int, flags ...strin
 		p.argv = append([]string{
 			binary, "start", "--name", p.name, "--data-dir", p.dir,
 			"--listen-client", p.endpoint, "--listen-peer", p.peer, "--listen-http", p.http,
-			"--peers", strings.Join(peers, ","), "--log-level", "warn",
+			"--peers", strings.Join(peers, ","), "--log-level", "warn", "--pprof",
 		}, flags...)
 		c.nodes = append(c.nodes, p)
 	}
@@ -125,7 +125,7 @@ func StartEtcd(ctx context.Context, binary, dir string, nodes int) (*Cluster, er
 			binary, "--name", p.name, "--data-dir", p.dir,
 			"--listen-client-urls", client, "--advertise-client-urls", client,
 			"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
-			"--initial-cluster", strings.Join(peers, ","), "--log-level", "warn",
+			"--initial-cluster", strings.Join(peers, ","), "--log-level", "warn", "--enable-pprof",
 		}
 		c.nodes = append(c.nodes, p)
 	}

@@ -53,7 +53,8 @@ func watchRows() (all []row) {
 			row{c.part + "/p99", sectionWatch, steady + "put to event, 99th percentile", "ms", 2},
 			row{c.part + "/rate", sectionWatch, flood + "events", "1/s", 0},
 			row{c.part + "/cpu", sectionWatch, flood + "processor time of all servers per event", "µs", 2},
-			row{c.part + "/memory", sectionWatch, c.title + ": memory of all servers per watcher", "KiB", 2})
+			row{c.part + "/memory", sectionWatch, c.title + ": resident memory of all servers per watcher", "KiB", 2},
+			row{c.part + "/heap", sectionWatch, c.title + ": heap and stacks in use, of all servers, per watcher", "KiB", 2})
 	}
 	for _, s := range solos {
 		title := fmt.Sprintf("%s, %d puts/s: ", s.title, soloRate)
@@ -107,29 +108,61 @@ func (t *trial) solo(ctx context.Context, part, key string, leader, node []strin
 	return nil
 }
 
-func (t *trial) crowd(ctx context.Context, c crowd) (err error) {
-	before, err := t.restingMemory(ctx)
-	if err != nil {
-		return err
-	}
+func (t *trial) crowd(ctx context.Context, c crowd) error {
 	keys, fan, key := 1, t.o.watchers, func(int) string { return watchPrefix }
 	if c.alone {
 		keys, fan, key = t.o.watchers, 1, func(i int) string { return fmt.Sprintf("%s%06d", watchPrefix, i) }
 	}
-	a, err := newAudience(ctx, t.cluster.Endpoints(), min(watchStreams, t.o.watchers), t.o.watchers, key)
-	if err != nil {
+	if err := t.crowdMemory(ctx, c, key); err != nil {
 		return fmt.Errorf("%s: %w", c.part, err)
 	}
-	defer func() {
-		if err = errors.Join(err, a.end()); err != nil {
-			err = fmt.Errorf("%s: %w", c.part, err)
-		}
-	}()
+	if err := t.crowdLoad(ctx, c, key, keys, fan); err != nil {
+		return fmt.Errorf("%s: %w", c.part, err)
+	}
+	return nil
+}
+
+func (t *trial) gather(ctx context.Context, key func(int) string) (*audience, error) {
+	return newAudience(ctx, t.cluster.Endpoints(), min(watchStreams, t.o.watchers), t.o.watchers, key)
+}
+
+// crowdMemory notes what watchers take that have not been told of anything yet. Garbage is not collected before all that
+// is resident has been looked at: what is free afterwards would be used again.
+func (t *trial) crowdMemory(ctx context.Context, c crowd, key func(int) string) error {
+	before, err := t.restingMemory(ctx)
+	if err != nil {
+		return err
+	}
+	a, err := t.gather(ctx, key)
+	if err != nil {
+		return err
+	}
 	after, err := t.restingMemory(ctx)
+	var with int64
+	if err == nil {
+		with, err = t.cluster.InUse(ctx)
+	}
+	if err := errors.Join(err, a.end()); err != nil {
+		return err
+	}
+	if err := t.rest(ctx, watchSettle); err != nil {
+		return err
+	}
+	without, err := t.cluster.InUse(ctx)
 	if err != nil {
 		return err
 	}
 	t.note(c.part+"/memory", float64(after-before)/1024/float64(t.o.watchers))
+	t.note(c.part+"/heap", float64(with-without)/1024/float64(t.o.watchers))
+	return nil
+}
+
+func (t *trial) crowdLoad(ctx context.Context, c crowd, key func(int) string, keys, fan int) (err error) {
+	a, err := t.gather(ctx, key)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, a.end()) }()
 	s, err := newSender(a, t.cluster.Endpoints(), keys, fan)
 	if err != nil {
 		return err
