@@ -47,7 +47,9 @@ func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer
 	if !started { // cobra itself refused the flags or the arguments
 		err = &usageError{err}
 	}
-	fmt.Fprintln(errOut, "Error:", describe(cmd, err))
+	if err != errInterrupted { // alone, it says what whoever interrupted it knows
+		fmt.Fprintln(errOut, "Error:", describe(cmd, err))
+	}
 	return exitCode(ctx, err)
 }
 
