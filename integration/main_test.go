@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"strconv"
 	"sync"
 	"testing"
 
@@ -21,7 +22,13 @@ var (
 	campaignFlag = flag.Duration("campaign", 0, "how long the campaigns under faults last; 0 = one round of faults")
 )
 
+// atOnce is how many tests run beside each other unless -parallel is set. They mostly wait for their nodes.
+const atOnce = 4
+
 func TestMain(m *testing.M) {
+	if err := flag.Set("test.parallel", strconv.Itoa(atOnce)); err != nil {
+		panic(err)
+	}
 	flag.Parse()
 	code := m.Run()
 	cluster.RemoveBinary()

@@ -19,6 +19,7 @@ import (
 // which have no replica of some shards. Nodes that lead shards are killed meanwhile. Every acknowledged put must be
 // seen by every client, once, in the order of revisions.
 func TestWatchOverShardsWhileLeadersDie(t *testing.T) {
+	t.Parallel()
 	c := cluster.Run(t, sharded(5, 8, 3, quick...))
 	awaitHome(t, c, "n1")
 	random := rand.New(rand.NewPCG(seed(t), 0))

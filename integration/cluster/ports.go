@@ -10,10 +10,10 @@ import (
 )
 
 // Ports come from below the range that the kernel hands out for outgoing connections: a port that a node
-// gives up while it is down must not be taken by somebody's connection.
+// gives up while it is down must not be taken by somebody's connection. Those from 20000 on are of integration/e2e.
 const (
 	firstPort = 10000
-	lastPort  = 31999
+	lastPort  = 19999
 )
 
 var ports struct {
