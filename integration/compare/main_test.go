@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"strconv"
 	"sync"
 	"testing"
 
@@ -20,7 +21,13 @@ var (
 // buildDir holds the binaries that the tests have built.
 var buildDir string
 
+// atOnce is how many tests run beside each other unless -parallel is set. They mostly wait for their servers.
+const atOnce = 4
+
 func TestMain(m *testing.M) {
+	if err := flag.Set("test.parallel", strconv.Itoa(atOnce)); err != nil {
+		panic(err)
+	}
 	flag.Parse()
 	var err error
 	if buildDir, err = os.MkdirTemp("", "kvd-compare-"); err != nil {

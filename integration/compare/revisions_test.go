@@ -21,6 +21,7 @@ import (
 type revisions struct {
 	rng    *rand.Rand
 	latest func(context.Context) (int64, error) // the subject's newest revision of all
+	exact  bool                                 // compactions are at the revision of the write, from which a watch may begin then
 	spans  []span                               // by revision of the reference; the first one is not used
 
 	compacted struct{ reference, subject int64 }
@@ -57,6 +58,10 @@ func (r *revisions) request(ctx context.Context, c call) (call, error) {
 	r.judged = 0
 	changes := mutates(c)
 	c.request = proto.Clone(c.request)
+	if compaction, ok := c.request.(*pb.CompactionRequest); ok && r.exact && compaction.Revision > 0 && compaction.Revision <= r.newest() {
+		compaction.Revision = r.spans[compaction.Revision].first
+		return c, nil
+	}
 	rewriteRevisions(c.request.ProtoReflect(), func(field string, revision int64) int64 {
 		if revision > 0 && revision <= r.newest() && (field == "revision" || strings.HasPrefix(field, "max_")) {
 			return r.within(revision)
