@@ -72,48 +72,65 @@ func (l *life) reload(change func(*raft.ReloadableConfig)) {
 }
 
 // tellFollowers tells the others of a commit, as soon as there are no more
-// entries that would.
+// entries that would. Those that do not have the entry yet are told a little
+// later, and so on, until raft would tell them itself.
 func (l *life) tellFollowers() {
+	// Watches of followers wait for it. At more than some 1000 entries per
+	// second the next one is there first.
+	first := l.r.cfg.HeartbeatTimeout / 1000
+	wait := time.Duration(0) // none
 	pause := time.NewTimer(time.Hour)
 	defer pause.Stop()
+	told := make(map[raft.ServerID]uint64)
 	for {
 		select {
 		case <-l.committed:
-		case <-l.done:
-			return
-		}
-		if l.role.Load() == nil {
-			continue
-		}
-		// Watches of followers wait for it. At more than some 500 entries per
-		// second the next one is there first.
-		pause.Reset(l.r.cfg.HeartbeatTimeout / 500)
-		select {
+			if wait != first { // else it has begun already
+				wait = first
+				pause.Reset(wait)
+			}
 		case <-pause.C:
+			if isMissed := l.tellServing(told); !isMissed || wait > l.r.cfg.HeartbeatTimeout {
+				wait = 0
+				continue
+			}
+			wait *= 2
+			pause.Reset(wait)
 		case <-l.done:
 			return
-		}
-		if e := l.role.Load(); e != nil && e.isServing() && l.proposer.begin() {
-			l.tell(e)
-			l.proposer.open.Done()
 		}
 	}
 }
 
-// tell sends one message to each follower that answers. Those that do not are
-// left to raft.
-func (l *life) tell(e *epoch) {
+func (l *life) tellServing(told map[raft.ServerID]uint64) (isMissed bool) {
+	if e := l.role.Load(); e != nil && e.isServing() && l.proposer.begin() {
+		defer l.proposer.open.Done()
+		return l.tell(e, told)
+	}
+	return false
+}
+
+// tell sends one message to each follower that answers, has the entry and has
+// not been told. isMissed: one of them does not have it yet. Those that do not
+// answer are left to raft.
+func (l *life) tell(e *epoch, told map[raft.ServerID]uint64) (isMissed bool) {
 	index := l.raft.CommitIndex()
 	var last raft.Log
 	if l.raft.LastIndex() != index || l.r.log.GetLog(index, &last) != nil {
-		return // entries are under way, which tell of this one
+		return false // entries are under way, which tell of this one
 	}
 	recently := time.Now().Add(-l.r.cfg.HeartbeatTimeout)
 	for _, s := range l.raft.GetConfiguration().Configuration().Servers {
-		if s.ID != l.r.cfg.Replica && l.transport.MatchIndex(s.ID, e.term) >= index && l.transport.Acked(s.ID, e.term).After(recently) {
+		switch {
+		case s.ID == l.r.cfg.Replica || told[s.ID] >= index || !l.transport.Acked(s.ID, e.term).After(recently):
+		case l.transport.MatchIndex(s.ID, e.term) < index:
+			isMissed = true
+		default:
 			l.sendCommit(e, s.ID, index, last.Term)
+			told[s.ID] = index
 		}
 	}
+	return isMissed
 }
 
 // sendCommit tells a follower that has the entry that it is committed.

@@ -89,6 +89,30 @@ func TestFollowersLearnOfACommitSoon(t *testing.T) {
 	})
 }
 
+// So does one that gets and confirms the entry long after it was committed.
+func TestASlowFollowerLearnsOfACommitSoon(t *testing.T) {
+	slow := func(c *Config) { c.HeartbeatTimeout, c.ElectionTimeout = time.Second, time.Second }
+	bubble(t, 3, slow, func(c *cluster) {
+		name, leader := c.leader()
+		other, follower := c.follower(name)
+		time.Sleep(10 * time.Second)
+		c.network.Delay(name, other, 50*time.Millisecond)
+		c.network.Delay(other, name, 50*time.Millisecond)
+		for range 10 {
+			time.Sleep(2345 * time.Millisecond)
+			c.mustPut(leader, "k", "v")
+			index := leader.Status().CommitIndex
+			if s := follower.Status(); s.AppliedIndex >= index {
+				t.Fatal("it is not slow")
+			}
+			time.Sleep(300 * time.Millisecond) // three ways between the two take half of that
+			if s := follower.Status(); s.AppliedIndex < index {
+				t.Errorf("%s has applied %d of %d", other, s.AppliedIndex, index)
+			}
+		}
+	})
+}
+
 // A follower that forgets the commit index learns it again, though its leader
 // has nothing new to tell and the connection between the two has stayed.
 func TestAReopenedFollowerLearnsTheCommitIndex(t *testing.T) {
