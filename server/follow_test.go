@@ -493,7 +493,7 @@ func TestWatchTestsSeeFaults(t *testing.T) {
 			if name == "what is aside is lost" {
 				least = 1
 			}
-			for i := range uint64(12) {
+			for i := range uint64(100) { // most seeds show it
 				var err error
 				synctest.Test(t, func(t *testing.T) { err = watchAtRandom(t, first+i, false, least, plant) })
 				if err != nil {

@@ -448,7 +448,7 @@ func TestLeasesAliveAndDead(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				g := seeded(t)
-				for range 20 {
+				for range 100 {
 					w := newWorld(t, 3, 3, 2, func(c *Config) { test.plant(&c.faults) })
 					early, late := liveLeases(t, g, w, electors(w))
 					switch {
