@@ -251,7 +251,7 @@ func (t *tree) build(ctx context.Context, dir string, packages []string, kvd boo
 	} else {
 		steps = append(steps, []string{"go", "build", "-o", into("etcd"), "go.etcd.io/etcd/server/v3"})
 	}
-	test := []string{"go", "test", "-c", "-tags", "e2e", "-modfile", filepath.Join(dir, "go.mod"), "-o", t.bin + string(filepath.Separator)}
+	test := []string{"go", "test", "-c", "-ldflags", "-s -w", "-tags", "e2e", "-modfile", filepath.Join(dir, "go.mod"), "-o", t.bin + string(filepath.Separator)}
 	for _, p := range packages {
 		test = append(test, testsModule+"/"+p)
 	}
