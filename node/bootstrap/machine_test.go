@@ -392,8 +392,11 @@ func pick(rng *rand.Rand, possible []event, weight map[string]int) event {
 
 func TestFormationModelRandom(t *testing.T) {
 	first, walks := rand.Uint64(), 3000
-	if *deepFlag {
+	switch {
+	case *deepFlag:
 		walks = 100000
+	case testing.Short(): // for the race detector, which has nothing to see in one goroutine
+		walks = 1000
 	}
 	t.Logf("seeds %d..+%d", first, walks)
 	did := map[string]int{}
