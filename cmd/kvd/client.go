@@ -45,7 +45,7 @@ func (o *clientOptions) AddFlags(root *cobra.Command) {
 	f.BoolVar(&o.hex, "hex", false, "print keys and values as hexadecimal escapes in simple and table output")
 	f.DurationVar(&o.dialTimeout, "dial-timeout", 2*time.Second, "longest wait for a connection")
 	f.DurationVar(&o.commandTimeout, "command-timeout", 5*time.Second, "longest wait for an answer")
-	f.DurationVar(&o.keepAlive, "keepalive-time", 2*time.Second, "idle time after which a connection is probed")
+	f.DurationVar(&o.keepAlive, "keepalive-time", 2*time.Second, "idle time after which a connection is probed (10s at least)")
 	f.DurationVar(&o.keepAliveLimit, "keepalive-timeout", 6*time.Second, "time after which a probed connection without an answer is given up")
 	f.BoolVar(&o.secure.InsecureTransport, "insecure-transport", true, "talk plain text where no TLS flag and no https:// asks for TLS")
 	f.BoolVar(&o.secure.InsecureSkipVerify, "insecure-skip-tls-verify", false, "accept any server certificate (for tests only)")
