@@ -48,10 +48,10 @@ func New(n int, dir string) (*Cluster, error) {
 }
 
 // freeAddresses finds n loopback addresses that nobody listens on. They are below the range that the kernel hands out
-// for outgoing connections: nobody's connection takes the port of a node that is down for a moment. Those from 20000 on
-// are of integration/e2e.
+// for outgoing connections: nobody's connection takes the port of a node that is down for a moment. Those from 13000 on
+// are of package integration/cluster.
 func freeAddresses(n int) (addresses []string, err error) {
-	const firstPort, ports, attempts = 10000, 10000, 100
+	const firstPort, ports, attempts = 10000, 3000, 100
 	for failed := 0; len(addresses) < n; {
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", firstPort+rand.IntN(ports)))
 		if err == nil {

@@ -10,9 +10,9 @@ import (
 )
 
 // Ports come from below the range that the kernel hands out for outgoing connections: a port that a node
-// gives up while it is down must not be taken by somebody's connection. Those from 20000 on are of integration/e2e.
+// gives up while it is down must not be taken by somebody's connection. Those below are of package bench/local, those above of integration/e2e.
 const (
-	firstPort = 10000
+	firstPort = 13000
 	lastPort  = 19999
 )
 
