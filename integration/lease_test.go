@@ -53,13 +53,17 @@ func hold(t *testing.T, c *cluster.Cluster) (all []*holder, stop func()) {
 	var renewing sync.WaitGroup
 	for i := range holders {
 		h := &holder{c: c, key: fmt.Sprintf("held/%d", i)}
-		began := time.Now()
 		cl := client(t, c, c.Names()[i%3])
-		granted, err := cl.Grant(ctx, int64(leaseTTL/time.Second))
-		must(t, err)
-		h.lease, h.until = granted.ID, began.Add(leaseTTL)
-		_, err = cl.Put(ctx, h.key, "held", clientv3.WithLease(h.lease))
-		must(t, err)
+		must(t, cluster.Until(ctx, func(ctx context.Context) error {
+			began := time.Now()
+			granted, err := cl.Grant(ctx, int64(leaseTTL/time.Second))
+			if err != nil {
+				return err
+			}
+			h.lease, h.until = granted.ID, began.Add(leaseTTL)
+			_, err = cl.Put(ctx, h.key, "held", clientv3.WithLease(h.lease))
+			return err
+		}))
 		all = append(all, h)
 		renewing.Go(func() { h.renew(ctx, i) })
 	}
@@ -145,11 +149,10 @@ func awaitTheEnd(t *testing.T, c *cluster.Cluster, name string, all []*holder) {
 	for _, h := range all {
 		must(t, h.fault)
 	}
-	left, err := client(t, c, name).Leases(liveness(t))
-	must(t, err)
-	if len(left.Leases) > 0 {
-		t.Fatalf("%d leases are left without their keys", len(left.Leases))
-	}
+	eventually(t, "no lease is left without its key", func(ctx context.Context) (bool, error) {
+		left, err := client(t, c, name).Leases(ctx)
+		return err == nil && len(left.Leases) == 0, err
+	})
 }
 
 func TestLeasesOutliveTheirLeader(t *testing.T) {
