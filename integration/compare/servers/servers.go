@@ -200,10 +200,10 @@ func (c *Cluster) Close() {
 }
 
 // FreeAddresses returns n loopback addresses that were free a moment ago. They are below the range from which the kernel
-// takes the ports of outgoing connections, so that a connection doesn't grab one before its server listens, and below those
-// of integration/e2e.
+// takes the ports of outgoing connections, so that a connection doesn't grab one before its server listens, and above those
+// of bench/local, integration and integration/e2e, which may run beside this.
 func FreeAddresses(n int) ([]string, error) {
-	const low, high, attempts = 10000, 20000, 1000
+	const low, high, attempts = 25000, 32000, 1000
 	var found []string
 	var listeners []net.Listener
 	defer func() {
