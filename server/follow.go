@@ -40,6 +40,8 @@ type watches struct {
 	holding  map[int64]*followed // merged, and something waits, or the end
 	merging  bool
 	number   int64         // of the last watch; ids may be used again
+	newest   int64         // revision that was handed out
+	asked    time.Time     // when it was the newest
 	keyBytes int           // of all watches
 	sending  *followed     // deliver runs for it
 	sent     chan struct{} // closed when it has returned; nil = nobody waits for that
@@ -147,21 +149,44 @@ func (w *watches) groupsOf(s *watchSpec) ([]uint64, error) {
 
 // now is the newest revision: of this node's state if it has all keys, else of
 // all that were handed out. A watch that knows where it begins does not wait for
-// whoever hands them out.
+// whoever hands them out, and of many that begin soon after each other one asks.
 func (w *watches) now(s *watchSpec, groups []uint64) (int64, error) {
 	if !w.router.sharded {
 		return w.router.localRevision(w.ctx, groups)
 	}
 	if s.from == 0 {
-		return w.router.latest(w.ctx)
+		return w.latest(w.ctx)
+	}
+	if known := w.knownRevision(); known >= s.from-1 {
+		return known, nil
 	}
 	ctx, cancel := context.WithTimeout(w.ctx, minAttempt)
 	defer cancel()
-	revision, err := w.router.latest(ctx)
+	revision, err := w.latest(ctx)
 	if err != nil && w.ctx.Err() == nil {
 		return w.router.localRevision(w.ctx, w.router.cfg.Groups.All())
 	}
 	return revision, err
+}
+
+func (w *watches) latest(ctx context.Context) (int64, error) {
+	revision, err := w.router.latest(ctx)
+	if err == nil {
+		w.mu.Lock()
+		w.newest, w.asked = max(w.newest, revision), time.Now()
+		w.mu.Unlock()
+	}
+	return revision, err
+}
+
+// knownRevision was the newest one less than a second ago; 0 = unknown.
+func (w *watches) knownRevision() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if time.Since(w.asked) > time.Second {
+		return 0
+	}
+	return w.newest
 }
 
 // localRevision is the newest one of this node's states of the groups.
@@ -442,6 +467,25 @@ func (f *followed) delivered() int64 {
 		}
 	}
 	return all
+}
+
+// hasLeaders reports whether the groups of all watches have leaders, as far as it
+// is known here. Without watches it is the one that new ones depend on.
+func (w *watches) hasLeaders() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	r, idle := w.router, true
+	for group, g := range w.groups {
+		if len(g.parts) == 0 {
+			continue
+		}
+		idle = false
+		replica := r.cfg.Replica(group)
+		if g.leaderless && replica == nil || replica != nil && replica.Leader().Node == "" {
+			return false
+		}
+	}
+	return !idle || r.hasLeader()
 }
 
 // progressOf is a revision up to which everything of one watch has been

@@ -25,6 +25,8 @@ type groupFollower struct {
 	waiting bool            // somebody waits for the state to reach a target
 	lagged  bool            // it has not, in time
 
+	leaderless bool // there is no leader, as far as those know who are polled
+
 	// passed: everything up to it has been taken of all parts that the source had
 	// when it was seen the last time. sights counts how often.
 	passed int64
@@ -48,6 +50,7 @@ type batch struct {
 	revision   int64          // and everything up to this revision
 	live       bool
 	leads      bool            // the replica that it is of does
+	orphan     bool            // it knows no leader
 	least      int64           // applied has no later revision; if not live
 	next       map[int64]int64 // what merged watches go on from; if not live
 }

@@ -31,10 +31,11 @@ func (w *watches) partBytes() int {
 }
 
 // shareOf is at most what a part of this stream may keep, less if there are so many streams that all of them would keep
-// more than Config.MaxWatchBytes if their clients did not read. w.mu is held.
+// more than Config.MaxWatchBytes if their clients did not read: once for what waits, and once for what has just been
+// taken. w.mu is held.
 func (w *watches) shareOf(most int) int {
 	parts := max(1, w.router.following.Load()*int64(len(w.groups)))
-	return min(most, max(int(w.router.cfg.MaxWatchBytes/parts), w.router.least))
+	return min(most, max(int(w.router.cfg.MaxWatchBytes/parts/2), w.router.least))
 }
 
 // startMerging begins what merged watches need. w.mu is held.

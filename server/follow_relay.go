@@ -72,6 +72,7 @@ const (
 	flagPrevKV = 1 << 0
 	flagLive   = 1 << 0
 	flagLeads  = 1 << 1
+	flagOrphan = 1 << 2 // no leader is known
 )
 
 // poll asks a node once, and delivers what it answers.
@@ -106,10 +107,12 @@ func (y *relay) poll(a *attempts) error {
 		return err
 	case err != nil:
 		y.node = ""
+		y.heard(false)
 		return err
 	}
 	a.limit = 0
 	y.node = node
+	y.heard(!b.orphan)
 	if err := y.accept(b); err != nil {
 		return err
 	}
@@ -125,6 +128,13 @@ func (y *relay) poll(a *attempts) error {
 		return y.idle(pollPause)
 	}
 	return nil
+}
+
+// heard notes whether there is a leader.
+func (y *relay) heard(leader bool) {
+	y.w.mu.Lock()
+	defer y.w.mu.Unlock()
+	y.leaderless = !leader
 }
 
 // choose names the node to ask: the one that led when the group became complete,
@@ -350,7 +360,8 @@ func (r *router) handleWatchPoll(ctx context.Context, _ string, payload []byte) 
 	if err != nil {
 		return r.declineRead(q.group, replica, err), nil
 	}
-	b.leads = replica.Leader().Self
+	leader := replica.Leader()
+	b.leads, b.orphan = leader.Self, leader.Node == ""
 	return b.encode()
 }
 
@@ -489,6 +500,9 @@ func (b *batch) encode() ([]byte, error) {
 	if b.leads {
 		reply[answerHeader] |= flagLeads
 	}
+	if b.orphan {
+		reply[answerHeader] |= flagOrphan
+	}
 	reply = binary.BigEndian.AppendUint64(reply, b.applied)
 	reply = binary.BigEndian.AppendUint64(reply, uint64(b.revision))
 	for i := range b.deliveries {
@@ -512,7 +526,7 @@ func (q *question) decode(body []byte) (*batch, error) {
 		return nil, errBadAnswer
 	}
 	b := &batch{
-		live: body[0]&flagLive != 0, leads: body[0]&flagLeads != 0,
+		live: body[0]&flagLive != 0, leads: body[0]&flagLeads != 0, orphan: body[0]&flagOrphan != 0,
 		applied: binary.BigEndian.Uint64(body[1:]), revision: int64(binary.BigEndian.Uint64(body[9:])),
 	}
 	next := make(map[int64]int64)

@@ -1048,3 +1048,108 @@ func TestCancelWaitsForTheEndToBeTold(t *testing.T) {
 		tasks.Wait()
 	})
 }
+
+// A stream has leaders if the groups of its watches do, wherever they are; those of others do not matter.
+func TestLeadersOfWatches(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 2, 2, 1, nil)
+		first, second := watchSpec{key: []byte(w.keyIn(1, "k"))}, watchSpec{key: []byte(w.keyIn(2, "k"))}
+		type stream struct {
+			*one
+			of []uint64
+		}
+		var streams []stream
+		for _, node := range w.nodes {
+			streams = append(streams, stream{w.watch(node, first), []uint64{1}}, stream{w.watch(node, second), []uint64{2}}, stream{w.watch(node, everyKey), []uint64{1, 2}})
+		}
+		for _, leaderless := range []uint64{0, 1, 0, 2, 0} {
+			for _, group := range w.groups {
+				leader := w.shards[group].order[0]
+				if group == leaderless {
+					leader = ""
+				}
+				w.shards[group].elect(leader)
+			}
+			time.Sleep(3 * pollWait)
+			for i, s := range streams {
+				if has := s.hasLeaders(); has == slices.Contains(s.of, leaderless) {
+					t.Errorf("group %d has no leader; stream %d of groups %v: %t", leaderless, i, s.of, has)
+				}
+			}
+		}
+	})
+}
+
+// Many watches that begin again where they were ask for the newest revision once.
+func TestWatchesThatGoOnAskOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 2, 2, 1, nil)
+		last := w.put("n1", w.keyIn(1, "k"), "v").Header.Revision
+		var asked atomic.Int64
+		w.mu.Lock()
+		w.onLatest = func() { asked.Add(1) }
+		w.mu.Unlock()
+		o := w.servers["n1"].router.newWatches(t.Context(), func(watchDelivery) error { return nil })
+		defer o.close()
+		for id := range int64(50) {
+			if revision, err := o.add(id, watchSpec{key: []byte(w.keyIn(1, "k")), from: last + 1}); err != nil || revision != last {
+				t.Fatalf("%d, %v, want %d", revision, err, last)
+			}
+		}
+		if n := asked.Load(); n != 1 {
+			t.Errorf("asked %d times", n)
+		}
+		newer := w.put("n1", w.keyIn(1, "k"), "v").Header.Revision
+		if revision, err := o.add(50, watchSpec{key: []byte("x")}); err != nil || revision < newer {
+			t.Errorf("from now on: %d, %v, want %d", revision, err, newer)
+		}
+	})
+}
+
+// However large the values are, streams whose clients do not read keep no more together than they may, and do not keep
+// others from theirs.
+func TestManySlowStreamsOfLargeValues(t *testing.T) {
+	const limit, slow, writes = 2 << 20, 60, 30
+	for _, valueBytes := range []int{5 << 10, 300 << 10} { // less than a share, and more
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, 2, 2, 1, func(c *Config) { c.MaxWatchBytes = limit })
+			var streams []*one
+			for range slow {
+				streams = append(streams, w.watch("n1", everyKey))
+			}
+			reads := w.watch("n1", everyKey)
+			key, value := w.keyIn(2, "k"), string(bytes.Repeat([]byte("v"), valueBytes)) // on n2
+			for range writes {
+				w.put("n2", key, value)
+			}
+			for got := 0; got < writes; {
+				d := <-reads.deliveries
+				if d.aside != nil && !d.read(t.Context(), 1<<20) {
+					t.Fatal("what is aside cannot be read")
+				}
+				got += len(d.events)
+			}
+			synctest.Wait()
+			kept := 0
+			for _, o := range streams {
+				o.mu.Lock()
+				for _, p := range o.byID[7].parts {
+					kept += p.bytes
+				}
+				o.mu.Unlock()
+			}
+			if kept > limit {
+				t.Errorf("values of %d bytes: %d bytes are kept, %d may be", valueBytes, kept, limit)
+			}
+			for _, o := range streams[:3] {
+				for got := 0; got < writes; {
+					d := <-o.deliveries
+					if d.aside != nil && !d.read(t.Context(), 1<<20) {
+						t.Fatal("what is aside cannot be read")
+					}
+					got += len(d.events)
+				}
+			}
+		})
+	}
+}

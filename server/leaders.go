@@ -197,3 +197,9 @@ func (a *attempts) timeout(least time.Duration) time.Duration {
 	a.began, a.limit = time.Now(), least<<min(a.slow, 10)
 	return a.limit
 }
+
+// hasLeader reports whether this node knows a leader of the group that all clients depend on.
+func (r *router) hasLeader() bool {
+	replica := r.cfg.Replica(userGroup)
+	return replica != nil && replica.Leader().Node != ""
+}

@@ -36,6 +36,7 @@ type watchFeed interface {
 	cancel(id int64)
 	progress(ctx context.Context) (revision int64, err error)
 	progressOf(id int64) (revision int64, ok bool)
+	hasLeaders() bool
 	close()
 }
 
@@ -113,7 +114,7 @@ func (s *watch) wait(ctx context.Context, one *watchStream) error {
 		case <-due.C:
 			one.tell(ctx, false)
 		case <-checks:
-			if leaderless += leaderlessCheck; s.router.hasLeader() {
+			if leaderless += leaderlessCheck; one.feed.hasLeaders() {
 				leaderless = 0
 			}
 			if leaderless >= leaderlessLimit {
@@ -128,12 +129,6 @@ func (s *watch) wait(ctx context.Context, one *watchStream) error {
 func wantsLeader(ctx context.Context) bool {
 	v := metadata.ValueFromIncomingContext(ctx, rpctypes.MetadataRequireLeaderKey)
 	return len(v) > 0 && v[0] == rpctypes.MetadataHasLeader
-}
-
-// hasLeader reports whether this node knows a leader of the group that all clients depend on.
-func (r *router) hasLeader() bool {
-	replica := r.cfg.Replica(userGroup)
-	return replica != nil && replica.Leader().Node != ""
 }
 
 // endOf is what a client is told when its stream ends for a reason.

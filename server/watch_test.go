@@ -31,6 +31,7 @@ type fakeFeed struct {
 	deliver    func(watchDelivery) error
 	onAdd      func(id int64, s watchSpec) (int64, error)
 	onProgress func(context.Context) (int64, error)
+	leads      func() bool
 
 	mu       sync.Mutex
 	ids      []int64 // of what was added and not cancelled
@@ -64,6 +65,8 @@ func (f *fakeFeed) progressOf(id int64) (int64, bool) {
 	return at, ok
 }
 
+func (f *fakeFeed) hasLeaders() bool { return f.leads() }
+
 func (f *fakeFeed) close() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -88,6 +91,7 @@ func startFakeWatches(t testing.TB, edit func(*Config), prepare func(*fakeFeed))
 		c.follow = func(_ context.Context, deliver func(watchDelivery) error) watchFeed {
 			f := &fakeFeed{deliver: deliver, specs: make(map[int64]watchSpec), reached: make(map[int64]int64)}
 			f.onProgress = func(context.Context) (int64, error) { return 10, nil }
+			f.leads = func() bool { return w.replica.Leader().Node != "" }
 			if prepare != nil {
 				prepare(f)
 			}
