@@ -5,6 +5,7 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -22,6 +23,13 @@ func (s service) Watch(ctx context.Context) (watches.Stream, error) {
 		return nil, err
 	}
 	return pb.NewWatchClient(s.conn).Watch(ctx)
+}
+
+func (s service) Compact(ctx context.Context, r *pb.CompactionRequest) (*pb.CompactionResponse, error) {
+	if err := s.connected(ctx); err != nil {
+		return nil, err
+	}
+	return s.kv.Compact(ctx, r)
 }
 
 func (s service) LeaseGrant(ctx context.Context, r *pb.LeaseGrantRequest) (*pb.LeaseGrantResponse, error) {
@@ -71,11 +79,12 @@ type judges struct {
 	services []linearizability.Service
 	watches  *watches.Traffic
 	watchLog watches.Log
+	reader   *watches.Reader
 	leases   leases.Traffic
 	leaseLog *leases.Log
 
 	stopLeases, stopWatches context.CancelFunc
-	leasesDone              chan struct{}
+	working                 sync.WaitGroup // leases and compactions
 }
 
 // leaseBound is how long a lease may live on while nothing is broken: the machine may be busy with other tests.
@@ -84,7 +93,7 @@ const leaseBound = 15 * time.Second
 // summon starts clients with watches, and clients with leases, on every node. Others write keys.
 func summon(t *testing.T, c *cluster.Cluster, seed uint64, history *linearizability.History, keys []string) *judges {
 	t.Helper()
-	j := &judges{c: c, history: history, leaseLog: leases.NewLog(), leasesDone: make(chan struct{})}
+	j := &judges{c: c, history: history, leaseLog: leases.NewLog()}
 	j.watches = &watches.Traffic{Keys: append(slices.Clone(keys), leases.Prefix), Seed: seed, History: history, Log: &j.watchLog,
 		Newest: history.Newest}
 	j.leases = leases.Traffic{Clients: 4, Seed: seed, Tags: tagsOf(keys), TTL: 2, Log: j.leaseLog}
@@ -99,10 +108,9 @@ func summon(t *testing.T, c *cluster.Cluster, seed uint64, history *linearizabil
 	holding, j.stopLeases = context.WithCancel(t.Context())
 	t.Cleanup(j.stop)
 	j.watches.Start(watching)
-	go func() {
-		defer close(j.leasesDone)
-		j.leases.Run(holding)
-	}()
+	j.reader = watches.NewReader(j.services, watches.Bounds{})
+	j.working.Go(func() { j.leases.Run(holding) })
+	j.working.Go(func() { j.watches.Compact(holding, j.reader, j.known) })
 	return j
 }
 
@@ -118,9 +126,14 @@ func tagsOf(keys []string) (tags []string) {
 
 func (j *judges) stop() {
 	j.stopLeases()
-	<-j.leasesDone
+	j.working.Wait()
 	j.stopWatches()
 	j.watches.Wait()
+}
+
+// known are the revisions at which clients were told that something happened.
+func (j *judges) known() []int64 {
+	return append(watches.Known(j.history.Ops(), nil), j.leaseLog.Known()...)
 }
 
 // judge ends the clients, when nothing is broken any more and nobody writes, and judges what they were told. ops are
@@ -128,7 +141,7 @@ func (j *judges) stop() {
 func (j *judges) judge(t *testing.T, ops []linearizability.Op, oneRevision bool) {
 	t.Helper()
 	j.stopLeases()
-	<-j.leasesDone
+	j.working.Wait()
 	wait, end := context.WithTimeout(t.Context(), cluster.Liveness)
 	defer end()
 	if err := j.leases.Finish(wait); err != nil {
@@ -142,12 +155,12 @@ func (j *judges) judge(t *testing.T, ops []linearizability.Op, oneRevision bool)
 	j.stop()
 	seen := j.watchLog.Watches()
 	known := append(watches.Known(ops, seen), j.leaseLog.Known()...)
-	ledger, err := watches.Read(wait, j.services, watches.Bounds{}, newest.Header.Revision, known)
-	must(t, err)
+	must(t, j.reader.To(wait, newest.Header.Revision, known))
+	ledger := j.reader.Ledger()
 	j.leaseLog.Tell(j.watchLog.Deletions())
 	watched, held := watches.Summarize(seen), leases.Summarize(j.leaseLog.Ops())
 	t.Logf("%d changes, watches %+v, leases %+v", len(ledger.Changes), watched, held)
-	if err := errors.Join(watched.Vacuous(), held.Vacuous(), watches.Check(seen, ledger, ops)); err != nil {
+	if err := errors.Join(watched.Vacuous(), held.Vacuous(), watches.Check(seen, ledger, ops, j.watchLog.Compactions())); err != nil {
 		t.Error(err)
 	}
 	err = leases.Check(j.leaseLog.Ops(), leases.Config{Bound: leaseBound, Broken: j.leaseLog.Broken(), OneRevision: oneRevision})

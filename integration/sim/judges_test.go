@@ -19,6 +19,8 @@ type judges struct {
 	services    []linearizability.Service
 	watches     *watches.Traffic
 	watchLog    watches.Log
+	reader      *watches.Reader
+	history     *linearizability.History
 	leases      leases.Traffic
 	leaseLog    *leases.Log
 	stopWatches context.CancelFunc
@@ -30,7 +32,7 @@ const patience = 2 * time.Minute
 
 // summon starts clients with watches. Those with leases are started by the caller, who starts writers of keys, too.
 func (w *world) summon(seed uint64, keys []string, history *linearizability.History) *judges {
-	j := &judges{leaseLog: leases.NewLog(), oneRevision: w.shards == 0}
+	j := &judges{leaseLog: leases.NewLog(), history: history, oneRevision: w.shards == 0}
 	j.watches = &watches.Traffic{Keys: append(slices.Clone(keys), leases.Prefix), Seed: seed, Life: 15 * time.Second, History: history,
 		Log: &j.watchLog, Newest: history.Newest}
 	j.leases = leases.Traffic{Clients: 5, Seed: seed, TTL: 2, Timeout: 5 * time.Second, Log: j.leaseLog}
@@ -46,10 +48,16 @@ func (w *world) summon(seed uint64, keys []string, history *linearizability.Hist
 		j.watches.Services = append(j.watches.Services, s)
 		j.leases.Services = append(j.leases.Services, s)
 	}
+	j.reader = watches.NewReader(j.services, j.watches.Bounds)
 	var ctx context.Context
 	ctx, j.stopWatches = context.WithCancel(context.Background())
 	j.watches.Start(ctx)
 	return j
+}
+
+// known are the revisions at which clients were told that something happened.
+func (j *judges) known() []int64 {
+	return append(watches.Known(j.history.Ops(), nil), j.leaseLog.Known()...)
 }
 
 // judge ends the clients with watches, when nothing is broken any more and nobody writes, and judges what all were
@@ -71,12 +79,11 @@ func (j *judges) judge(r *report, ops []linearizability.Op) error {
 	}
 	seen := j.watchLog.Watches()
 	known := append(watches.Known(ops, seen), j.leaseLog.Known()...)
-	ledger, err := watches.Read(ctx, j.services, j.watches.Bounds, newest.Header.Revision, known)
-	if err != nil {
+	if err := j.reader.To(ctx, newest.Header.Revision, known); err != nil {
 		return err
 	}
 	j.leaseLog.Tell(j.watchLog.Deletions())
 	r.watched, r.held = watches.Summarize(seen), leases.Summarize(j.leaseLog.Ops())
-	return errors.Join(watches.Check(seen, ledger, ops),
+	return errors.Join(watches.Check(seen, j.reader.Ledger(), ops, j.watchLog.Compactions()),
 		leases.Check(j.leaseLog.Ops(), leases.Config{Broken: j.leaseLog.Broken(), OneRevision: j.oneRevision}))
 }

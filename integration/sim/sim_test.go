@@ -167,6 +167,7 @@ func simulate(t *testing.T, s shape, seed uint64, duration, search time.Duration
 			running.Go(func() { r.chain.read(ctx, services[1], 700*time.Millisecond) })
 		}
 		running.Go(func() { j.leases.Run(ctx) })
+		running.Go(func() { j.watches.Compact(ctx, j.reader, j.known) })
 		linearizability.Traffic{
 			Services: services, Keys: s.keys(), Seed: seed, Think: s.think, Timeout: 5 * time.Second,
 		}.Run(ctx, &history)

@@ -130,6 +130,10 @@ func (s service) Watch(ctx context.Context) (watches.Stream, error) {
 	})
 }
 
+func (s service) Compact(ctx context.Context, r *pb.CompactionRequest) (*pb.CompactionResponse, error) {
+	return call(ctx, s.h, pb.KVServer.Compact, r)
+}
+
 func (s service) LeaseGrant(ctx context.Context, r *pb.LeaseGrantRequest) (*pb.LeaseGrantResponse, error) {
 	return callLease(ctx, s.h, pb.LeaseServer.LeaseGrant, r)
 }

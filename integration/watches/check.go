@@ -14,9 +14,10 @@ import (
 
 // Check returns nil if every watch delivered just what the ledger has for it: each change once, in the order of
 // revisions, transactions whole, nothing left out up to what came last, and nothing at or below a revision for which
-// progress had been told. What clients were told of changes, ops, must be in the ledger, too. The error of a violation
+// progress had been told. A watch may end for a compaction that made unreadable what it had to tell next, and values from
+// before an event may be missing if they were compacted. What clients were told of changes, ops, must be in the ledger, too. The error of a violation
 // names a file with the watch.
-func Check(watches []*Watch, l *Ledger, ops []linearizability.Op) error {
+func Check(watches []*Watch, l *Ledger, ops []linearizability.Op, compactions []Compaction) error {
 	if err := l.Agree(ops); err != nil {
 		return err
 	}
@@ -29,7 +30,10 @@ func Check(watches []*Watch, l *Ledger, ops []linearizability.Op) error {
 	for _, w := range watches {
 		err := l.checkStart(w, ops)
 		if err == nil {
-			err = l.checkWatch(w)
+			err = l.checkWatch(w, compactions)
+		}
+		if err == nil {
+			err = checkEnd(w, compactions)
 		}
 		if err == nil {
 			err = checkFuture(w, called)
@@ -72,11 +76,21 @@ func checkFuture(w *Watch, called map[string]int64) error {
 	return nil
 }
 
-// checkWatch checks one watch against the ledger.
-func (l *Ledger) checkWatch(w *Watch) error {
-	if w.Compacted > 0 {
-		return fmt.Errorf("it was ended for a compaction at %d that never was", w.Compacted)
+// checkEnd checks that a watch that was ended for a compaction could not go on.
+func checkEnd(w *Watch, compactions []Compaction) error {
+	switch {
+	case w.Compacted == 0:
+		return nil
+	case w.next() >= w.Compacted:
+		return fmt.Errorf("it was ended for a compaction at %d and was to go on from %d", w.Compacted, w.next())
+	case !slices.ContainsFunc(compactions, func(c Compaction) bool { return c.Revision == w.Compacted && c.Asked < w.Closed }):
+		return fmt.Errorf("it was ended for a compaction at %d that nobody had asked for", w.Compacted)
 	}
+	return nil
+}
+
+// checkWatch checks one watch against the ledger.
+func (l *Ledger) checkWatch(w *Watch, compactions []Compaction) error {
 	if w.Answered == 0 && len(w.Answers) > 0 {
 		return fmt.Errorf("events before the answer that creates it")
 	}
@@ -106,7 +120,8 @@ func (l *Ledger) checkWatch(w *Watch) error {
 			for n < len(due) && due[n].Revision == revision {
 				n++
 			}
-			if err := l.checkRevision(w, due[:n], events); err != nil {
+			forgotten := slices.ContainsFunc(compactions, func(c Compaction) bool { return c.Revision >= revision && c.Asked < a.At })
+			if err := l.checkRevision(w, due[:n], events, forgotten); err != nil {
 				return err
 			}
 			due, done = due[n:], revision
@@ -153,8 +168,9 @@ func byRevision(events []*mvccpb.Event) (cut [][]*mvccpb.Event) {
 	return cut
 }
 
-// checkRevision compares the events of one revision with its changes, which are by key.
-func (l *Ledger) checkRevision(w *Watch, changes []Change, events []*mvccpb.Event) error {
+// checkRevision compares the events of one revision with its changes, which are by key. What was there before may be
+// forgotten.
+func (l *Ledger) checkRevision(w *Watch, changes []Change, events []*mvccpb.Event, forgotten bool) error {
 	if len(events) != len(changes) {
 		return fmt.Errorf("%d events of revision %d in one answer, which changed %d keys: %v", len(events), changes[0].Revision, len(changes), changes)
 	}
@@ -168,7 +184,7 @@ func (l *Ledger) checkRevision(w *Watch, changes []Change, events []*mvccpb.Even
 			return fmt.Errorf("a second event, or one of another key, at revision %d: %v", changes[0].Revision, e)
 		}
 		delete(left, c.Key)
-		if err := checkEvent(w, c, e); err != nil {
+		if err := checkEvent(w, c, e, forgotten); err != nil {
 			return err
 		}
 	}
@@ -176,12 +192,12 @@ func (l *Ledger) checkRevision(w *Watch, changes []Change, events []*mvccpb.Even
 }
 
 // checkEvent compares an event with its change.
-func checkEvent(w *Watch, c Change, e *mvccpb.Event) error {
+func checkEvent(w *Watch, c Change, e *mvccpb.Event, forgotten bool) error {
 	want := &mvccpb.Event{Type: mvccpb.Event_PUT, Kv: c.KV}
 	if c.KV == nil {
 		want.Type, want.Kv = mvccpb.Event_DELETE, &mvccpb.KeyValue{Key: []byte(c.Key), ModRevision: c.Revision}
 	}
-	if w.Prev {
+	if w.Prev && !(forgotten && e.PrevKv == nil) {
 		want.PrevKv = c.Prev
 	}
 	if !proto.Equal(want, e) {
@@ -229,6 +245,7 @@ type Summary struct {
 	Resumed                   int // events that came first after a watch was resumed
 	Switched                  int // watches that began in the past and went on into what came after their creation
 	Ended                     int // by the server or its death
+	Compacted                 int // by the server, for a compaction
 }
 
 // Summarize counts.
@@ -237,6 +254,9 @@ func Summarize(watches []*Watch) (s Summary) {
 		s.Watches++
 		if w.Ended != "" {
 			s.Ended++
+		}
+		if w.Compacted > 0 {
+			s.Compacted++
 		}
 		past, live, first := false, false, true
 		for _, a := range w.Answers {
@@ -267,7 +287,7 @@ func Summarize(watches []*Watch) (s Summary) {
 func (s Summary) Vacuous() error {
 	for what, n := range map[string]int{
 		"events": s.Events, "progress": s.Progress, "transactions of several keys": s.Transactions, "watches that were resumed": s.Resumed,
-		"watches from the past into the present": s.Switched,
+		"watches from the past into the present": s.Switched, "watches that were compacted": s.Compacted,
 	} {
 		if n == 0 {
 			return fmt.Errorf("%w: no %s", linearizability.ErrVacuous, what)
@@ -285,4 +305,5 @@ func (s *Summary) Add(o Summary) {
 	s.Resumed += o.Resumed
 	s.Switched += o.Switched
 	s.Ended += o.Ended
+	s.Compacted += o.Compacted
 }

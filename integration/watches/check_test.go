@@ -16,6 +16,7 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/protobuf/proto"
 
 	"kvd/integration/linearizability"
@@ -41,6 +42,8 @@ const (
 	lateStart     fault = "begins after the revision that was asked for"
 	phantom       fault = "sends an event of a change that never was"
 	compacted     fault = "ends a watch for a compaction that never was"
+	needless      fault = "ends a watch for a compaction of what it has told of"
+	skipped       fault = "begins after a compaction without a word"
 )
 
 // fakeStore is a store with watches in one struct.
@@ -53,6 +56,7 @@ type fakeStore struct {
 	states  []map[string]*mvccpb.KeyValue // by revision
 	events  []*mvccpb.Event               // with PrevKv, by revision and operation
 	changed chan struct{}
+	oldest  int64 // that can be read
 	planted int
 	history *linearizability.History
 }
@@ -111,7 +115,20 @@ func (s *fakeStore) newest() int64 {
 func (s *fakeStore) Range(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	switch {
+	case r.Revision < s.oldest:
+		return nil, rpctypes.ErrGRPCCompacted
+	case r.Revision >= int64(len(s.states)):
+		return nil, rpctypes.ErrGRPCFutureRev
+	}
 	return &pb.RangeResponse{Kvs: slices.Collect(maps.Values(s.states[r.Revision]))}, nil
+}
+
+func (s *fakeStore) Compact(_ context.Context, r *pb.CompactionRequest) (*pb.CompactionResponse, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.oldest = r.Revision
+	return &pb.CompactionResponse{}, nil
 }
 
 // fakeStream serves one client.
@@ -178,9 +195,11 @@ func (f *fakeStream) serve() {
 		select {
 		case r := <-f.requests:
 			if create := r.GetCreateRequest(); create != nil {
-				w, answer := f.create(create)
-				watches = append(watches, w)
-				if !f.send(answer) {
+				w, answers := f.create(create)
+				if w != nil {
+					watches = append(watches, w)
+				}
+				if !f.send(answers...) {
 					return
 				}
 			} else if !f.progress(watches) {
@@ -207,7 +226,8 @@ func (f *fakeStream) send(answers ...*pb.WatchResponse) bool {
 	return true
 }
 
-func (f *fakeStream) create(r *pb.WatchCreateRequest) (*fakeWatch, *pb.WatchResponse) {
+// create returns no watch if what it needs is compacted.
+func (f *fakeStream) create(r *pb.WatchCreateRequest) (*fakeWatch, []*pb.WatchResponse) {
 	s := f.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -217,12 +237,20 @@ func (f *fakeStream) create(r *pb.WatchCreateRequest) (*fakeWatch, *pb.WatchResp
 	if from == 0 {
 		from = newest + 1
 	}
+	header := &pb.ResponseHeader{Revision: newest}
+	created := &pb.WatchResponse{Header: header, WatchId: r.WatchId, Created: true}
+	switch {
+	case from < s.oldest && s.plant(skipped):
+		from = s.oldest
+	case from < s.oldest:
+		return nil, []*pb.WatchResponse{created, {Header: header, WatchId: r.WatchId, Canceled: true, CompactRevision: s.oldest}}
+	}
 	if s.plant(lateStart) {
 		from += 3
 	}
 	r.StartRevision = from
 	w.next, _ = slices.BinarySearchFunc(s.events, from, func(e *mvccpb.Event, from int64) int { return int(e.Kv.ModRevision - from) })
-	return w, &pb.WatchResponse{Header: &pb.ResponseHeader{Revision: newest}, WatchId: r.WatchId, Created: true}
+	return w, []*pb.WatchResponse{created}
 }
 
 // plant reports whether the fault strikes now.
@@ -283,7 +311,9 @@ func (s *fakeStore) answersOf(w *fakeWatch) []*pb.WatchResponse {
 		a.Header.Revision++
 		return []*pb.WatchResponse{a}
 	case s.plant(compacted):
-		return []*pb.WatchResponse{{Header: &pb.ResponseHeader{Revision: newest}, WatchId: w.WatchId, Canceled: true, CompactRevision: 3}}
+		return []*pb.WatchResponse{{Header: &pb.ResponseHeader{Revision: newest}, WatchId: w.WatchId, Canceled: true, CompactRevision: s.oldest + 1}}
+	case s.oldest > 0 && w.StartRevision >= s.oldest && s.plant(needless):
+		return []*pb.WatchResponse{{Header: &pb.ResponseHeader{Revision: newest}, WatchId: w.WatchId, Canceled: true, CompactRevision: s.oldest}}
 	}
 	return []*pb.WatchResponse{answer(events...)}
 }
@@ -313,7 +343,7 @@ func (s *fakeStore) bend(w *fakeWatch, e *mvccpb.Event) *mvccpb.Event {
 		out.PrevKv = nil
 	}
 	switch {
-	case out.PrevKv != nil && s.plant(noPrev):
+	case out.PrevKv != nil && (e.Kv.ModRevision <= s.oldest || s.plant(noPrev)):
 		out.PrevKv = nil
 	case out.PrevKv != nil && out.PrevKv.Version > 1 && s.plant(wrongPrev):
 		out.PrevKv = s.states[out.PrevKv.ModRevision-1][string(e.Kv.Key)]
@@ -349,8 +379,14 @@ func watchFake(t *testing.T, seed uint64, f fault) (s Summary, planted int, verd
 		defer cancel()
 		keys := []string{"a", "b", "{t}a", "{t}b", "{u}a"}
 		var log Log
-		traffic := Traffic{Services: []Service{store, store, store}, Keys: keys, Seed: seed, History: &history, Log: &log, Newest: store.newest}
+		traffic := Traffic{Services: []Service{store, store, store}, Keys: keys, Seed: seed, History: &history, Log: &log, Newest: store.newest, Rest: 300 * time.Millisecond}
 		traffic.Start(ctx)
+		services := []linearizability.Service{store}
+		reader := NewReader(services, Bounds{})
+		known := func() []int64 { return Known(history.Ops(), log.Watches()) }
+		busy, end := context.WithCancel(ctx)
+		var compacting sync.WaitGroup
+		compacting.Go(func() { traffic.Compact(busy, reader, known) })
 		random := rand.New(rand.NewPCG(seed, 2))
 		for i := range 600 {
 			a, b := keys[random.IntN(len(keys))], keys[random.IntN(len(keys))]
@@ -364,6 +400,8 @@ func watchFake(t *testing.T, seed uint64, f fault) (s Summary, planted int, verd
 			}
 			time.Sleep(time.Duration(random.IntN(20)) * time.Millisecond)
 		}
+		end()
+		compacting.Wait()
 		store.mu.Lock()
 		planted, store.fault = store.planted, none
 		store.mu.Unlock()
@@ -372,34 +410,36 @@ func watchFake(t *testing.T, seed uint64, f fault) (s Summary, planted int, verd
 		stuck := traffic.Finish(finish, store.newest())
 		cancel()
 		traffic.Wait()
-		ledger, err := Read(t.Context(), []linearizability.Service{store}, Bounds{}, store.newest(), Known(history.Ops(), log.Watches()))
-		if err = errors.Join(stuck, err); err != nil {
-			verdict = err
-			return
+		if verdict = errors.Join(stuck, reader.To(t.Context(), store.newest(), known())); verdict == nil {
+			s, verdict = Summarize(log.Watches()), Check(log.Watches(), reader.Ledger(), history.Ops(), log.Compactions())
 		}
-		s, verdict = Summarize(log.Watches()), Check(log.Watches(), ledger, history.Ops())
 	})
 	return s, planted, verdict
 }
 
 func TestRightWatchesPass(t *testing.T) {
+	var total Summary
 	for range 5 {
 		seed := rand.Uint64()
 		summary, _, err := watchFake(t, seed, none)
-		if err = errors.Join(err, summary.Vacuous()); err != nil {
+		if err != nil {
 			t.Fatalf("seed %d: %v: %+v", seed, err, summary)
 		}
+		total.Add(summary)
+	}
+	if err := total.Vacuous(); err != nil {
+		t.Fatalf("%v: %+v", err, total)
 	}
 }
 
 func TestPlantedFaultsAreCaught(t *testing.T) {
 	for _, f := range []fault{
-		gap, leftOut, duplicate, reordered, split, shuffled, earlyProgress, wrongPrev, noPrev, wrongValue, foreign, filterIgnored, lateStart, phantom, compacted,
+		gap, leftOut, duplicate, reordered, split, shuffled, earlyProgress, wrongPrev, noPrev, wrongValue, foreign, filterIgnored, lateStart, phantom, compacted, needless, skipped,
 	} {
 		t.Run(string(f), func(t *testing.T) {
 			seed := rand.Uint64()
 			summary, planted, err := watchFake(t, seed, f)
-			for i := 0; !errors.Is(err, linearizability.ErrViolation) && i < 10; i++ { // there was no occasion to see it
+			for i := 0; !errors.Is(err, linearizability.ErrViolation) && i < 100; i++ { // there was no occasion to see it
 				seed++
 				summary, planted, err = watchFake(t, seed, f)
 			}

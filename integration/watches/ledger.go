@@ -47,52 +47,77 @@ func (b Bounds) orAll() Bounds {
 // state is what keys hold at a revision.
 type state map[string]*mvccpb.KeyValue
 
-// Read reads what a store held within bounds at all revisions up to one, which must have been answered to somebody.
-// Nothing may have been compacted. It looks at every revision at which something is known to have happened, and between
-// two of them as far as they differ: so the only changes that it overlooks are those that nobody was told of, and that
-// others undid before the next one that somebody was told of. It tries again until ctx is done.
-func Read(ctx context.Context, services []linearizability.Service, bounds Bounds, last int64, known []int64) (*Ledger, error) {
+// Reader reads what a store holds within bounds at one revision after the other, in pieces, so that what has been read
+// may be compacted.
+type Reader struct {
+	services []linearizability.Service
+	bounds   Bounds
+	ledger   *Ledger
+	state    state // at the ledger's last revision
+}
+
+// NewReader returns a reader that begins with an empty store. Any of the services is asked.
+func NewReader(services []linearizability.Service, bounds Bounds) *Reader {
+	return &Reader{services: services, bounds: bounds.orAll(), ledger: &Ledger{order: make(map[int64][]string)}, state: state{}}
+}
+
+// Ledger returns what has been read.
+func (r *Reader) Ledger() *Ledger { return r.ledger }
+
+// To reads on, up to a revision, which must have been answered to somebody. Nothing may be compacted meanwhile but what
+// it has read before. It looks at every revision at which something is known to have happened, and between two of them
+// as far as they differ: so the only changes that it overlooks are those that nobody was told of, and that others undid
+// before the next one that somebody was told of. It tries again until ctx is done. With an error nothing has been read.
+func (r *Reader) To(ctx context.Context, last int64, known []int64) error {
+	from := r.ledger.Last
+	if last <= from {
+		return nil
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	r := &reader{services: services, bounds: bounds.orAll(), fail: cancel, slots: make(chan struct{}, readers), states: map[int64]state{0: {}}, known: make(map[int64]bool)}
-	points := []int64{0, last}
+	p := &piece{Reader: r, fail: cancel, slots: make(chan struct{}, readers), states: map[int64]state{from: r.state}, known: make(map[int64]bool)}
+	points := []int64{from, last}
 	for _, k := range known {
-		if k > 0 && k <= last {
+		if k > from && k <= last {
 			points = append(points, k)
-			r.known[k] = true
+			p.known[k] = true
 		}
 	}
 	slices.Sort(points)
 	points = slices.Compact(points)
-	for _, p := range points[1:] {
-		r.group.Go(func() { r.at(ctx, p) })
+	for _, point := range points[1:] {
+		p.group.Go(func() { p.at(ctx, point) })
 	}
-	r.group.Wait()
+	p.group.Wait()
 	for i := range points[1:] {
-		r.group.Go(func() { r.between(ctx, points[i], points[i+1]) })
+		p.group.Go(func() { p.between(ctx, points[i], points[i+1]) })
 	}
-	r.group.Wait()
+	p.group.Wait()
 	if err := context.Cause(ctx); err != nil {
-		return nil, err
+		return err
 	}
-	return compile(r.states)
+	changes, err := compile(p.states)
+	if err != nil {
+		return err
+	}
+	r.ledger.Last, r.ledger.Changes, r.state = last, append(r.ledger.Changes, changes...), p.states[last]
+	return nil
 }
 
-// reader reads a store's past.
-type reader struct {
-	services []linearizability.Service
-	bounds   Bounds
-	fail     context.CancelCauseFunc
-	slots    chan struct{}
-	known    map[int64]bool
-	group    sync.WaitGroup
+// piece is what is read at a time.
+type piece struct {
+	*Reader
+	fail  context.CancelCauseFunc
+	slots chan struct{}
+	known map[int64]bool
+	group sync.WaitGroup
 
 	mu     sync.Mutex
 	states map[int64]state // by revision
 }
 
 // at returns the state at a revision; nil if ctx is done.
-func (r *reader) at(ctx context.Context, revision int64) state {
+func (r *piece) at(ctx context.Context, revision int64) state {
 	r.mu.Lock()
 	known := r.states[revision]
 	r.mu.Unlock()
@@ -117,7 +142,7 @@ func (r *reader) at(ctx context.Context, revision int64) state {
 }
 
 // between reads what it takes to know every change after one revision and up to another.
-func (r *reader) between(ctx context.Context, from, to int64) {
+func (r *piece) between(ctx context.Context, from, to int64) {
 	before, after := r.at(ctx, from), r.at(ctx, to)
 	if to-from < 2 || before == nil || after == nil {
 		return
@@ -146,7 +171,7 @@ func (r *reader) between(ctx context.Context, from, to int64) {
 }
 
 // read reads a state, from any of the services: any copy has it.
-func (r *reader) read(ctx context.Context, revision int64) (state, error) {
+func (r *piece) read(ctx context.Context, revision int64) (state, error) {
 	request := &pb.RangeRequest{Key: r.bounds.Key, RangeEnd: r.bounds.End, Revision: revision, Serializable: true}
 	for i := revision; ; i++ {
 		attempt, cancel := context.WithTimeout(ctx, 5*time.Second)
@@ -168,30 +193,29 @@ func (r *reader) read(ctx context.Context, revision int64) (state, error) {
 }
 
 // compile finds the changes between states. Where two differ, there is none between them.
-func compile(states map[int64]state) (*Ledger, error) {
+func compile(states map[int64]state) (changes []Change, err error) {
 	revisions := slices.Sorted(maps.Keys(states))
-	l := &Ledger{Last: revisions[len(revisions)-1], order: make(map[int64][]string)}
 	for i := 1; i < len(revisions); i++ {
 		revision, before, now := revisions[i], states[revisions[i-1]], states[revisions[i]]
-		from := len(l.Changes)
+		from := len(changes)
 		for key, kv := range now {
 			prev := before[key]
 			switch {
 			case prev != nil && prev.ModRevision == kv.ModRevision:
 			case kv.ModRevision == revision:
-				l.Changes = append(l.Changes, Change{revision, key, kv, prev})
+				changes = append(changes, Change{revision, key, kv, prev})
 			default:
 				return nil, fmt.Errorf("%w: at revision %d %q has %v, and at %d %v", linearizability.ErrViolation, revision, key, kv, revisions[i-1], prev)
 			}
 		}
 		for key, prev := range before {
 			if now[key] == nil {
-				l.Changes = append(l.Changes, Change{revision, key, nil, prev})
+				changes = append(changes, Change{revision, key, nil, prev})
 			}
 		}
-		slices.SortFunc(l.Changes[from:], func(a, b Change) int { return cmp.Compare(a.Key, b.Key) })
+		slices.SortFunc(changes[from:], func(a, b Change) int { return cmp.Compare(a.Key, b.Key) })
 	}
-	return l, nil
+	return changes, nil
 }
 
 // Known are the revisions at which something happened, as clients and watches were told.

@@ -22,12 +22,14 @@ type Traffic struct {
 	Bounds   Bounds    // the most that is watched; the zero value is all keys
 	Seed     uint64    // of the clients' choices
 	Life     time.Duration
+	Rest     time.Duration            // the mean time between two compactions; 0 = 4 s
 	History  *linearizability.History // for its clock
 	Log      *Log
 
 	// Newest returns a revision that some client was told of, for watches to begin in the past.
 	Newest func() int64
 
+	scout    scout
 	target   atomic.Int64
 	watchers []*watcher
 	group    sync.WaitGroup
@@ -46,6 +48,9 @@ func (t *Traffic) Start(ctx context.Context) {
 		t.watchers = append(t.watchers, w)
 		t.group.Go(func() { w.run(ctx) })
 	}
+	w := &watcher{Traffic: t, random: rand.New(rand.NewPCG(t.Seed, 999)), done: make(chan struct{}), isScout: true}
+	t.watchers = append(t.watchers, w)
+	t.group.Go(func() { w.run(ctx) })
 }
 
 // Finish lets every client go on until its watches have told everything up to a revision, and waits for that. An error
@@ -82,6 +87,8 @@ type watcher struct {
 	random *rand.Rand
 	done   chan struct{} // closed when its watches have told of everything
 
+	isScout bool // it has one watch of everything
+
 	mu  sync.Mutex
 	now *session // the stream it has; nil = none yet
 	err error    // of the last attempt to open one
@@ -90,14 +97,14 @@ type watcher struct {
 // state tells what a client that is stuck has.
 func (w *watcher) state() string {
 	w.mu.Lock()
-	s, err := w.now, w.err
+	s, err, node := w.now, w.err, w.node
 	w.mu.Unlock()
 	if s == nil || err != nil {
-		return fmt.Sprintf("client %d has no stream: %v", w.node, err)
+		return fmt.Sprintf("client %d has no stream: %v", node, err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	text := fmt.Sprintf("client %d, %d requests for progress:", w.node, s.asked)
+	text := fmt.Sprintf("client %d, %d requests for progress:", node, s.asked)
 	for _, x := range s.watches {
 		text += fmt.Sprintf("\n  next %d: %v", x.next(), x)
 	}
@@ -110,7 +117,7 @@ func (w *watcher) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		watches := w.choose(before)
 		done := w.stream(ctx, watches)
-		w.Log.add(slices.DeleteFunc(slices.Clone(watches), func(w *Watch) bool { return w.Answered == 0 && len(w.Answers) == 0 })...)
+		w.Log.add(slices.DeleteFunc(slices.Clone(watches), func(w *Watch) bool { return w.Answered == 0 && len(w.Answers) == 0 && w.Compacted == 0 })...)
 		if done {
 			close(w.done)
 			return
@@ -124,8 +131,17 @@ func (w *watcher) run(ctx context.Context) {
 // those that have not told everything.
 func (w *watcher) choose(before []*Watch) (watches []*Watch) {
 	target := w.target.Load()
+	if w.isScout {
+		w.mu.Lock()
+		w.node = w.random.IntN(len(w.Services)) // some may be down
+		w.mu.Unlock()
+		if from := w.scout.reached() + 1; target == 0 || from <= target {
+			watches = append(watches, &Watch{Node: w.node, Key: w.Bounds.orAll().Key, End: w.Bounds.orAll().End, From: from, Resumed: len(before) > 0})
+		}
+		return watches
+	}
 	for _, b := range before {
-		next := b.next()
+		next := b.resume()
 		if next == 0 || target == 0 && w.random.IntN(4) == 0 || target > 0 && next > target {
 			continue
 		}
@@ -164,8 +180,12 @@ func (w *watcher) another() *Watch {
 	case 1:
 		x.NoDelete = true
 	}
-	if newest := w.Newest(); newest > 1 && w.random.IntN(3) > 0 {
-		x.From = 1 + w.random.Int64N(newest)
+	oldest := w.Log.oldest()
+	if newest := max(w.Newest(), oldest); newest > 1 && w.random.IntN(3) > 0 {
+		if w.random.IntN(10) == 0 {
+			oldest = 1
+		}
+		x.From = oldest + w.random.Int64N(newest-oldest+1)
 		if w.random.IntN(10) == 0 {
 			x.From = newest + w.random.Int64N(20) // of the future
 		}
@@ -200,7 +220,7 @@ func (w *watcher) stream(ctx context.Context, watches []*Watch) (done bool) {
 	w.mu.Lock()
 	w.now = s
 	w.mu.Unlock()
-	slow := w.random.IntN(3) == 0
+	slow := w.random.IntN(3) == 0 && !w.isScout
 	reader := rand.New(rand.NewPCG(w.random.Uint64(), 0))
 	go func() {
 		defer close(s.ended)
@@ -316,6 +336,9 @@ func (s *session) receive(ctx context.Context, slow bool, random *rand.Rand) {
 		for i, w := range s.watches {
 			if id := int64(i + 1); answer.WatchId == id || answer.WatchId == -1 && !answer.Canceled && w.Answered > 0 && w.Ended == "" {
 				w.take(answer, now, received)
+				if s.isScout {
+					s.scout.take(w)
+				}
 			}
 		}
 		s.mu.Unlock()
@@ -329,7 +352,7 @@ func (s *session) receive(ctx context.Context, slow bool, random *rand.Rand) {
 func (w *Watch) take(answer *pb.WatchResponse, now int64, received time.Time) {
 	switch {
 	case answer.Canceled:
-		w.Compacted, w.Ended = answer.CompactRevision, "cancelled: "+answer.CancelReason
+		w.Compacted, w.Closed, w.Ended = answer.CompactRevision, now, "cancelled: "+answer.CancelReason
 	case answer.Created:
 		w.Answered, w.Created = now, answer.Header.Revision
 	default:

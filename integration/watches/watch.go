@@ -17,6 +17,7 @@ import (
 // Service is what watches are opened on: one node, as one client sees it.
 type Service interface {
 	Watch(ctx context.Context) (Stream, error)
+	Compact(context.Context, *pb.CompactionRequest) (*pb.CompactionResponse, error)
 }
 
 // Stream is a client's side of a stream of watches. Send and Recv may be called beside each other.
@@ -39,6 +40,7 @@ type Watch struct {
 	Created   int64 // that answer's revision
 	Answers   []Answer
 	Compacted int64  // > 0: the server ended it, for that compaction
+	Closed    int64  // when it did
 	Ended     string // why, if the client did not end it
 }
 
@@ -50,7 +52,10 @@ type Answer struct {
 	Events   []*mvccpb.Event // none: progress
 }
 
-// next is the revision from which the watch would have to be resumed.
+// resume is the revision from which a client goes on where the watch has ended.
+func (w *Watch) resume() int64 { return max(w.next(), w.Compacted) }
+
+// next is the first revision that the watch has not told of.
 func (w *Watch) next() int64 {
 	next := w.From
 	if next == 0 && w.Created > 0 {
@@ -88,8 +93,38 @@ func (w *Watch) covers(c Change) bool {
 
 // Log collects watches. The zero value is ready; all methods may be called concurrently.
 type Log struct {
-	mu      sync.Mutex
-	watches []*Watch
+	mu          sync.Mutex
+	watches     []*Watch
+	compactions []Compaction
+}
+
+// Compaction is one that a client has asked for. It may take effect at any time after that, or never.
+type Compaction struct {
+	Revision int64
+	Asked    int64 // the moment
+}
+
+func (l *Log) compacts(c Compaction) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.compactions = append(l.compactions, c)
+}
+
+// Compactions returns what has been asked for.
+func (l *Log) Compactions() []Compaction {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.compactions)
+}
+
+// oldest is a revision that no compaction has made unreadable so far.
+func (l *Log) oldest() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.compactions) == 0 {
+		return 1
+	}
+	return l.compactions[len(l.compactions)-1].Revision
 }
 
 func (l *Log) add(watches ...*Watch) {
