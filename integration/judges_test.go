@@ -95,7 +95,7 @@ func summon(t *testing.T, c *cluster.Cluster, seed uint64, history *linearizabil
 	t.Helper()
 	j := &judges{c: c, history: history, leaseLog: leases.NewLog()}
 	j.watches = &watches.Traffic{Keys: append(slices.Clone(keys), leases.Prefix), Seed: seed, History: history, Log: &j.watchLog,
-		Newest: history.Newest}
+		Newest: history.Newest, Rest: time.Second}
 	j.leases = leases.Traffic{Clients: 4, Seed: seed, Tags: tagsOf(keys), TTL: 2, Log: j.leaseLog}
 	for _, name := range c.Names() {
 		s := newService(t, c, name)
@@ -159,7 +159,7 @@ func (j *judges) judge(t *testing.T, ops []linearizability.Op, oneRevision bool)
 	ledger := j.reader.Ledger()
 	j.leaseLog.Tell(j.watchLog.Deletions())
 	watched, held := watches.Summarize(seen), leases.Summarize(j.leaseLog.Ops())
-	t.Logf("%d changes, watches %+v, leases %+v", len(ledger.Changes), watched, held)
+	t.Logf("%d changes, %d compactions, watches %+v, leases %+v", len(ledger.Changes), len(j.watchLog.Compactions()), watched, held)
 	if err := errors.Join(watched.Vacuous(), held.Vacuous(), watches.Check(seen, ledger, ops, j.watchLog.Compactions())); err != nil {
 		t.Error(err)
 	}

@@ -62,5 +62,6 @@ func (t *Traffic) Compact(ctx context.Context, reader *Reader, known func() []in
 		request, cancel := context.WithTimeout(ctx, 5*time.Second)
 		_, _ = t.Services[random.IntN(len(t.Services))].Compact(request, &pb.CompactionRequest{Revision: revision, Physical: random.IntN(2) == 0})
 		cancel()
+		t.forgotten.Store(true)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -53,7 +54,8 @@ type Reader struct {
 	services []linearizability.Service
 	bounds   Bounds
 	ledger   *Ledger
-	state    state // at the ledger's last revision
+	state    state        // at the ledger's last revision
+	turn     atomic.Int64 // of the services: the one that answers, most likely
 }
 
 // NewReader returns a reader that begins with an empty store. Any of the services is asked.
@@ -170,12 +172,13 @@ func (r *piece) between(ctx context.Context, from, to int64) {
 	r.between(ctx, middle, to)
 }
 
-// read reads a state, from any of the services: any copy has it.
+// read reads a state, from any of the services: any copy has it. Some may be down, or stopped.
 func (r *piece) read(ctx context.Context, revision int64) (state, error) {
 	request := &pb.RangeRequest{Key: r.bounds.Key, RangeEnd: r.bounds.End, Revision: revision, Serializable: true}
-	for i := revision; ; i++ {
-		attempt, cancel := context.WithTimeout(ctx, 5*time.Second)
-		answer, err := r.services[i%int64(len(r.services))].Range(attempt, request)
+	for {
+		turn := r.turn.Load()
+		attempt, cancel := context.WithTimeout(ctx, 3*time.Second)
+		answer, err := r.services[turn%int64(len(r.services))].Range(attempt, request)
 		cancel()
 		if err == nil {
 			found := make(state, len(answer.Kvs))
@@ -184,6 +187,7 @@ func (r *piece) read(ctx context.Context, revision int64) (state, error) {
 			}
 			return found, nil
 		}
+		r.turn.CompareAndSwap(turn, turn+1)
 		select {
 		case <-ctx.Done():
 			return nil, fmt.Errorf("watches: reading revision %d: %w", revision, errors.Join(err, ctx.Err()))

@@ -29,10 +29,11 @@ type Traffic struct {
 	// Newest returns a revision that some client was told of, for watches to begin in the past.
 	Newest func() int64
 
-	scout    scout
-	target   atomic.Int64
-	watchers []*watcher
-	group    sync.WaitGroup
+	scout     scout
+	forgotten atomic.Bool // a compaction was asked for, and nobody has begun a watch before it yet
+	target    atomic.Int64
+	watchers  []*watcher
+	group     sync.WaitGroup
 }
 
 // defaultLife is the mean time that a stream lasts unless something ends it.
@@ -182,13 +183,13 @@ func (w *watcher) another() *Watch {
 	}
 	oldest := w.Log.oldest()
 	if newest := max(w.Newest(), oldest); newest > 1 && w.random.IntN(3) > 0 {
-		if w.random.IntN(10) == 0 {
-			oldest = 1
-		}
 		x.From = oldest + w.random.Int64N(newest-oldest+1)
 		if w.random.IntN(10) == 0 {
 			x.From = newest + w.random.Int64N(20) // of the future
 		}
+	}
+	if w.forgotten.CompareAndSwap(true, false) {
+		x.From = 1
 	}
 	return x
 }
