@@ -17,8 +17,8 @@ const (
 	leaseClients = 1000
 	leaseStreams = 100
 	leasePrefix  = "leased/"
-	lastingTTL   = 3600 // seconds
-	leastTTL     = 3
+	lastingTTL   = 3600            // seconds
+	leastTTL     = 6               // a busy machine may stand still for a while
 	leaseTimeout = 5 * time.Minute // until all have ended
 )
 
@@ -206,7 +206,7 @@ func listed(ctx context.Context, conn *grpc.ClientConn, all []leased) error {
 // ending grants leases with a key each, renews all of them at once, and watches the keys go.
 func (t *trial) ending(ctx context.Context, conns []*grpc.ClientConn, lasting []leased, rate float64) error {
 	all := make([]leased, t.o.ending)
-	ttl := max(leastTTL, int64(math.Ceil(10*float64(len(all))/rate))) // enough to grant, put and renew even if others do much
+	ttl := max(leastTTL, int64(math.Ceil(6*float64(len(all))/rate))) // enough to grant, put and renew even if others do much
 	if err := grant(ctx, conns, all, ttl); err != nil {
 		return fmt.Errorf("grant: %w", err)
 	}

@@ -18,7 +18,7 @@ import (
 const (
 	watchStreams = 100
 	watchPrefix  = "watch/"
-	watchSettle  = 2 * time.Second // before memory is looked at
+	watchSettle  = time.Second // before memory is looked at
 )
 
 // crowd is many watchers at once, and the puts that they are told of.
