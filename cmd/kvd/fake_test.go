@@ -52,6 +52,7 @@ type fakeServer struct {
 	refuse error // answer of every request to change members
 	// ignored is how many streams of keep-alives get no answer.
 	ignored atomic.Int32
+	ended   atomic.Bool // there is no lease any more
 	// watches are what one watch after the other is sent, none if that is not implemented; then there is no leader, and after the last one nothing more.
 	watches [][]*pb.WatchResponse
 	seen    chan struct{} // received from before there is no leader; nil = at once
@@ -212,7 +213,7 @@ func (f *fakeServer) LeaseRevoke(ctx context.Context, r *pb.LeaseRevokeRequest) 
 	return &pb.LeaseRevokeResponse{Header: f.header()}, f.answer(ctx, r)
 }
 
-// LeaseKeepAlive renews each lease once.
+// LeaseKeepAlive renews all leases until they have ended.
 func (f *fakeServer) LeaseKeepAlive(stream grpc.BidiStreamingServer[pb.LeaseKeepAliveRequest, pb.LeaseKeepAliveResponse]) error {
 	if f.ignored.Add(-1) >= 0 {
 		<-stream.Context().Done()
@@ -224,7 +225,7 @@ func (f *fakeServer) LeaseKeepAlive(stream grpc.BidiStreamingServer[pb.LeaseKeep
 			return err
 		}
 		ttl := int64(1)
-		if proto.Equal(f.last(), r) {
+		if f.ended.Load() {
 			ttl = 0
 		}
 		if err := f.answer(stream.Context(), r); err != nil {

@@ -96,7 +96,7 @@ func keepAlive(cmd *cobra.Command, client *clientOptions, id clientv3.LeaseID) e
 		return err
 	}
 	defer c.Close()
-	steadyLeases(c)
+	steadyLeases(c, client.commandTimeout)
 	renewed, err := c.KeepAlive(cmd.Context(), id)
 	if err != nil {
 		return err

@@ -26,20 +26,22 @@ func TestLeaseCommandsPrint(t *testing.T) {
 	}
 }
 
-func TestKeepAliveEndsWithTheLease(t *testing.T) {
-	f := startFake(t)
-	code, out, errOut := kvd(t, "", "lease", "keep-alive", "1e", "--endpoints", f.addr)
-	if code != exitFailed || out != "lease 000000000000001e keepalived with TTL(1)\n" || !strings.Contains(errOut, "expired or was revoked: 000000000000001e") {
-		t.Errorf("printed %q and %q with exit code %d", out, errOut, code)
+// keptAlive keeps a lease alive that ends when it is first told to have been renewed.
+func keptAlive(t *testing.T, f *fakeServer) {
+	t.Helper()
+	out, errOut := &lineWriter{do: func(string) { f.ended.Store(true) }}, new(strings.Builder)
+	code := run(t.Context(), []string{"lease", "keep-alive", "1e", "--command-timeout", "60s", "--endpoints", f.addr}, strings.NewReader(""), out, errOut)
+	const renewed = "lease 000000000000001e keepalived with TTL(1)\n"
+	if printed := out.all.String(); code != exitFailed || printed == "" || strings.ReplaceAll(printed, renewed, "") != "" || !strings.Contains(errOut.String(), "expired or was revoked: 000000000000001e") {
+		t.Errorf("printed %q and %q with exit code %d", printed, errOut, code)
 	}
 }
+
+func TestKeepAliveEndsWithTheLease(t *testing.T) { keptAlive(t, startFake(t)) }
 
 // A node that is stopped does not answer, and does not refuse either.
 func TestKeepAliveDoesNotRelyOnOneStream(t *testing.T) {
 	f := startFake(t)
 	f.ignored.Store(1)
-	code, out, errOut := kvd(t, "", "lease", "keep-alive", "1e", "--endpoints", f.addr)
-	if code != exitFailed || out != "lease 000000000000001e keepalived with TTL(1)\n" {
-		t.Errorf("printed %q and %q with exit code %d", out, errOut, code)
-	}
+	keptAlive(t, f)
 }

@@ -94,7 +94,6 @@ func (h *holder) run() (err error) {
 		return err
 	}
 	defer h.etcd.Close()
-	steadyLeases(h.etcd)
 	if err := h.begin(); err != nil {
 		return err
 	}
@@ -125,10 +124,12 @@ func (h *holder) run() (err error) {
 func (h *holder) begin() error {
 	ctx, cancel := h.timeout()
 	defer cancel()
+	sent := time.Now()
 	lease, err := h.etcd.Grant(ctx, h.ttl)
 	if err != nil {
 		return err
 	}
+	steadyLeases(h.etcd, time.Duration(lease.TTL)*time.Second-time.Since(sent))
 	h.session, err = concurrency.NewSession(h.etcd, concurrency.WithLease(lease.ID))
 	return err
 }

@@ -10,8 +10,6 @@ import (
 )
 
 const (
-	// firstRenewal is how long a lease of which nothing is known yet may take to be renewed.
-	firstRenewal = 5 * time.Second
 	// slowRenewal is when a request gets another one beside it, also if the lease lasts long.
 	slowRenewal = 2 * time.Second
 	// renewalPause is before another try after one that failed.
@@ -23,11 +21,12 @@ const (
 type renewer struct {
 	clientv3.Lease
 	remote pb.LeaseClient
+	first  time.Duration // how long a lease lasts, as far as is known before it is renewed
 }
 
 // steadyLeases has a client keep leases alive in that way.
-func steadyLeases(c *clientv3.Client) {
-	c.Lease = renewer{c.Lease, pb.NewLeaseClient(c.ActiveConnection())}
+func steadyLeases(c *clientv3.Client, first time.Duration) {
+	c.Lease = renewer{c.Lease, pb.NewLeaseClient(c.ActiveConnection()), first}
 }
 
 // KeepAlive renews a lease until ctx ends. The channel is closed earlier if the lease has ended; or may have, because
@@ -36,7 +35,7 @@ func (r renewer) KeepAlive(ctx context.Context, id clientv3.LeaseID) (<-chan *cl
 	answers := make(chan *clientv3.LeaseKeepAliveResponse, 1)
 	go func() {
 		defer close(answers)
-		ttl, until := firstRenewal, time.Now().Add(firstRenewal)
+		ttl, until := r.first, time.Now().Add(r.first)
 		for {
 			last := r.renew(ctx, id, ttl, until)
 			if last == nil || last.TTL <= 0 {
