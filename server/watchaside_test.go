@@ -169,7 +169,7 @@ func TestAsideTransactionsThatEnd(t *testing.T) {
 // Whoever does not find room for more gives back what he has; what needs more than there is goes alone.
 func TestAsidesThatAreLargerThanTheirMemory(t *testing.T) {
 	const limit = 24 << 20
-	n := startFakeWatches(t, func(c *Config) { c.MaxWatchBytes, c.MaxRequestBytes = limit, 1000 }, nil)
+	n := startFakeWatches(t, func(c *Config) { c.MaxWatchBytes, c.MaxRequestBytes, c.WatchTimeout = limit, 1000, time.Hour }, nil)
 	h := n.holding()
 	var clients sync.WaitGroup
 	for i := range 6 {
@@ -202,9 +202,9 @@ func TestAsidesThatAreLargerThanTheirMemory(t *testing.T) {
 
 // Clients that do not read keep nobody waiting for long, and no more than they may.
 func TestManySlowClientsOfAsides(t *testing.T) {
-	const limit, slow = 8 << 20, 8
+	const limit, slow = 8 << 20, 4 // three of them at a time
 	n := startFakeWatches(t, func(c *Config) {
-		c.MaxWatchBytes, c.MaxRequestBytes, c.WatchTimeout = limit, 1000, 600*time.Millisecond
+		c.MaxWatchBytes, c.MaxRequestBytes, c.WatchTimeout = limit, 1000, 12*time.Second
 	}, nil)
 	h := n.holding()
 	var delivering sync.WaitGroup
