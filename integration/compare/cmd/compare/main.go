@@ -35,7 +35,7 @@ func (o *options) addFlags(f *flag.FlagSet) {
 	f.IntVar(&o.keys, "keys", 1_000_000, "`keys` in the store for memory, disk, restart and disruption")
 	f.IntVar(&o.watchers, "watchers", 10_000, "`watchers` at once, of one key and of a key each")
 	f.IntVar(&o.leases, "leases", 100_000, "`leases` to grant and to keep alive")
-	f.IntVar(&o.ending, "ending", 10_000, "further `leases`, with a key each, that end at once; etcd ends 1000 per second")
+	f.IntVar(&o.ending, "ending", 10_000, "further `leases`, with a key each, that end at once; etcd ends at most 1000 per second")
 	f.DurationVar(&o.duration, "duration", 3*time.Second, "of each load")
 	f.BoolVar(&o.quick, "quick", false, "only show that it works: 1 round, short and small; the figures mean nothing")
 	f.StringVar(&o.dir, "dir", "", "`directory` for binaries and data (default: the system's for temporary files)")
