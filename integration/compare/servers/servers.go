@@ -26,7 +26,7 @@ const (
 )
 
 // readyTimeout bounds the start of a cluster: processes, first election, first read on every node.
-const readyTimeout = 30 * time.Second
+const readyTimeout = time.Minute
 
 // envKVD names a kvd binary to use instead of building one.
 const envKVD = "KVD_INTEGRATION_BINARY"
@@ -84,6 +84,10 @@ type Memory struct {
 // StartKVD starts nodes fresh kvd processes that form one cluster, with their data below dir and with further flags,
 // and waits until every node answers a linearizable read of all keys.
 func StartKVD(ctx context.Context, binary, dir string, nodes int, flags ...string) (*Cluster, error) {
+	return anew(func() (*Cluster, error) { return startKVD(ctx, binary, dir, nodes, flags) })
+}
+
+func startKVD(ctx context.Context, binary, dir string, nodes int, flags []string) (*Cluster, error) {
 	ports, err := FreeAddresses(3 * nodes)
 	if err != nil {
 		return nil, err
@@ -108,6 +112,10 @@ func StartKVD(ctx context.Context, binary, dir string, nodes int, flags ...strin
 
 // StartEtcd is StartKVD for etcd, with etcd's default settings.
 func StartEtcd(ctx context.Context, binary, dir string, nodes int) (*Cluster, error) {
+	return anew(func() (*Cluster, error) { return startEtcd(ctx, binary, dir, nodes) })
+}
+
+func startEtcd(ctx context.Context, binary, dir string, nodes int) (*Cluster, error) {
 	ports, err := FreeAddresses(2 * nodes)
 	if err != nil {
 		return nil, err
@@ -134,6 +142,10 @@ func StartEtcd(ctx context.Context, binary, dir string, nodes int) (*Cluster, er
 
 // StartCommand starts nodes processes of a command that serves KV on the address that is its last argument.
 func StartCommand(ctx context.Context, binary, dir string, nodes int, args ...string) (*Cluster, error) {
+	return anew(func() (*Cluster, error) { return startCommand(ctx, binary, dir, nodes, args) })
+}
+
+func startCommand(ctx context.Context, binary, dir string, nodes int, args []string) (*Cluster, error) {
 	ports, err := FreeAddresses(nodes)
 	if err != nil {
 		return nil, err
@@ -152,11 +164,34 @@ func newProcess(parent, name, endpoint, peer string) *process {
 	return &process{name: name, endpoint: endpoint, peer: peer, dir: dir, logPath: dir + ".log"}
 }
 
+// anew starts a cluster on other ports, without what the nodes have stored, if another process was faster to take one.
+func anew(start func() (*Cluster, error)) (*Cluster, error) {
+	for attempt := 1; ; attempt++ {
+		c, err := start()
+		if err == nil || attempt == maxStarts || !strings.Contains(err.Error(), "address already in use") {
+			return c, err
+		}
+		for _, p := range c.nodes {
+			if err := errors.Join(os.RemoveAll(p.dir), os.RemoveAll(p.logPath)); err != nil {
+				return c, err
+			}
+		}
+	}
+}
+
+// maxStarts is how often a cluster is started on other ports.
+const maxStarts = 5
+
 // start starts all nodes and waits for them; if that fails, none is left.
 func (c *Cluster) start(ctx context.Context) error {
 	err := c.Start(c.all()...)
 	if err == nil {
 		err = c.WaitReady(ctx)
+	}
+	for _, p := range c.nodes {
+		if err == nil && !p.running() {
+			err = fmt.Errorf("%s exited while starting: %v", p.name, p.cmd.ProcessState)
+		}
 	}
 	if err != nil {
 		err = fmt.Errorf("%w\n%s", err, c.Logs())

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -150,5 +151,42 @@ func TestNodesThatEndAreStartedAgain(t *testing.T) {
 	defer cancel()
 	if err := c.nodes[0].waitReady(ctx); err == nil {
 		t.Error("a server that was closed answers")
+	}
+}
+
+// TestTakenPortsAreNoFailure lets another server have the port of a node, at first.
+func TestTakenPortsAreNoFailure(t *testing.T) {
+	binary, err := Build(t.Context(), Floor, t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	dir, starts := t.TempDir(), 0
+	c, err := anew(func() (*Cluster, error) {
+		addresses, err := FreeAddresses(2)
+		if err != nil {
+			return nil, err
+		}
+		if starts++; starts == 1 {
+			addresses[1] = other.Addr().String()
+		}
+		c := &Cluster{}
+		for i, address := range addresses {
+			p := newProcess(dir, fmt.Sprintf("p%d", i+1), address, "")
+			p.argv = []string{binary, address}
+			c.nodes = append(c.nodes, p)
+		}
+		return c, c.start(t.Context())
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	if starts == 1 || !c.nodes[0].running() || !c.nodes[1].running() {
+		t.Errorf("after %d starts these run: %t, %t", starts, c.nodes[0].running(), c.nodes[1].running())
 	}
 }
