@@ -140,6 +140,11 @@ func (j *judges) known() []int64 {
 // what writers were told.
 func (j *judges) judge(t *testing.T, ops []linearizability.Op, oneRevision bool) {
 	t.Helper()
+	// On a busy machine some things may not have come about so far.
+	eventually(t, "compactions have ended watches, and holders have done everything", func(context.Context) (bool, error) {
+		held := leases.Summarize(j.leaseLog.Ops())
+		return watches.Summarize(j.watchLog.Watches()).Compacted > 0 && held.Kept > 0 && held.Revoked > 0, nil
+	})
 	j.stopLeases()
 	j.working.Wait()
 	wait, end := context.WithTimeout(t.Context(), cluster.Liveness)
