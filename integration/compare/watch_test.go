@@ -403,7 +403,7 @@ func (p *watchPlay) compare() (diff string) {
 			p.revisions.extend(p.revisions.newest(), w.subject.newest, false)
 			w.subject.mu.Unlock()
 			for _, r := range slices.Concat(got.control, got.events) {
-				if r.Canceled && r.CompactRevision == 0 { // at whatever revision the node has heard of
+				if r.Created || r.Canceled && r.CompactRevision == 0 { // at whatever revision the node has heard of
 					r.Header.Revision = p.revisions.spans[p.revisions.newest()].last
 				}
 				rewriteRevisions(r.ProtoReflect(), p.revisions.translate)
