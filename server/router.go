@@ -70,7 +70,7 @@ func newRouter(cfg *Config, m *metrics) *router {
 	r.cuts.router, r.leases.router, r.started = r, r, time.Now()
 	r.resolver.router = r
 	r.least = leastShare
-	r.asides.init(cfg.MaxWatchBytes)
+	r.asides.init(cfg)
 	r.fetches = make(chan struct{}, maxMerges)
 	r.hashing = make(chan struct{}, max(cfg.MaxHashes, 1))
 	r.leaving = make(chan struct{})

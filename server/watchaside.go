@@ -27,10 +27,11 @@ import (
 // begins anew when there is enough. One that needs more than there is at all
 // goes alone.
 type asides struct {
-	total   int64
-	free    *semaphore.Weighted
-	waiting atomic.Int64
-	holds   func(bytes int64) // told of changes; for tests
+	total    int64
+	free     *semaphore.Weighted
+	waiting  atomic.Int64
+	patience time.Duration     // with a client, while others wait; and a second per crowdedBytes
+	holds    func(bytes int64) // told of changes; for tests
 }
 
 // held is what one stream has of asides.
@@ -50,7 +51,9 @@ const (
 
 var errTransaction = kvdError(codes.ResourceExhausted, ReasonBusy, "a transaction has more events for the watch than fit into an answer of 2 GiB: ask for fragments")
 
-func (q *asides) init(total int64) { q.total, q.free = total, semaphore.NewWeighted(total) }
+func (q *asides) init(c *Config) {
+	q.total, q.free, q.patience = c.MaxWatchBytes, semaphore.NewWeighted(c.MaxWatchBytes), c.WatchTimeout/crowdedPart
+}
 
 func (q *asides) acquire(ctx context.Context, bytes int64) (*held, error) {
 	h := &held{of: q, bytes: min(bytes, q.total), used: bytes}
@@ -249,7 +252,7 @@ func (w *watchStream) sayEncoded(e *encodedAnswer) error {
 		return err
 	}
 	patience := r.cfg.WatchTimeout + time.Duration(e.bytes/stallBytesPerS)*time.Second
-	crowded := r.cfg.WatchTimeout/crowdedPart + time.Duration(e.bytes/crowdedBytes)*time.Second
+	crowded := r.asides.patience + time.Duration(e.bytes/crowdedBytes)*time.Second
 	ticker := time.NewTicker(crowdedLook)
 	defer ticker.Stop()
 	for since := time.Now(); ; {
