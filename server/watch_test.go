@@ -212,6 +212,9 @@ func TestWatchNumbers(t *testing.T) {
 	create(-1, -1)                                 // etcd does not mind
 	f.give(t, f.number(3), putEvent("k", "v", 11)) // the new 2
 	c.want(11, &pb.WatchResponse{WatchId: 2, Events: []*mvccpb.Event{putEvent("k", "v", 11)}})
+	// Whatever revision the node has heard of, the stream does not go back.
+	c.cancel(2)
+	c.want(11, &pb.WatchResponse{WatchId: 2, Canceled: true})
 }
 
 func TestWatchesThatAreRefused(t *testing.T) {

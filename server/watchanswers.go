@@ -36,7 +36,7 @@ func (w *watchStream) send(ctx context.Context) error {
 
 // headerAt is a complete header.
 func (w *watchStream) headerAt(revision int64) *pb.ResponseHeader {
-	w.header = &pb.ResponseHeader{Revision: revision}
+	w.header, w.said = &pb.ResponseHeader{Revision: revision}, max(w.said, revision)
 	w.service.router.fill(w.header)
 	return w.header
 }

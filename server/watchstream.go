@@ -36,6 +36,7 @@ type watchStream struct {
 	// Of the sender.
 	open   map[int64]*watched // by the follower's number: those that the client knows, and that have not ended
 	header *pb.ResponseHeader // the last one
+	said   int64              // the newest revision that the client has been told
 
 	mu       sync.Mutex
 	byNumber map[int64]*watched
@@ -273,7 +274,7 @@ func (w *watchStream) refuse(ctx context.Context, why string) error {
 	revision := w.service.newest(ctx, w.known)
 	return w.hand(ctx, func() error {
 		return w.say(&pb.WatchResponse{
-			Header: w.headerAt(revision), WatchId: clientv3.InvalidWatchID, Created: true, Canceled: true, CancelReason: why,
+			Header: w.headerAt(max(revision, w.said)), WatchId: clientv3.InvalidWatchID, Created: true, Canceled: true, CancelReason: why,
 		}, 0)
 	})
 }
@@ -291,7 +292,7 @@ func (w *watchStream) cancel(ctx context.Context, id int64) error {
 	revision := w.service.newest(ctx, w.known)
 	return w.hand(ctx, func() error {
 		delete(w.open, one.number)
-		return w.say(&pb.WatchResponse{Header: w.headerAt(revision), WatchId: id, Canceled: true}, 0)
+		return w.say(&pb.WatchResponse{Header: w.headerAt(max(revision, w.said)), WatchId: id, Canceled: true}, 0)
 	})
 }
 
