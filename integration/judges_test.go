@@ -137,8 +137,8 @@ func (j *judges) known() []int64 {
 }
 
 // judge ends the clients, when nothing is broken any more and nobody writes, and judges what they were told. ops are
-// what writers were told.
-func (j *judges) judge(t *testing.T, ops []linearizability.Op, oneRevision bool) {
+// what writers were told, shards 0 for one key space.
+func (j *judges) judge(t *testing.T, ops []linearizability.Op, shards int) {
 	t.Helper()
 	// On a busy machine some things may not have come about so far.
 	eventually(t, "compactions have ended watches, and holders have done everything", func(context.Context) (bool, error) {
@@ -168,7 +168,7 @@ func (j *judges) judge(t *testing.T, ops []linearizability.Op, oneRevision bool)
 	if err := errors.Join(watched.Vacuous(), held.Vacuous(), watches.Check(seen, ledger, ops, j.watchLog.Compactions())); err != nil {
 		t.Error(err)
 	}
-	err = leases.Check(j.leaseLog.Ops(), leases.Config{Bound: leaseBound, Broken: j.leaseLog.Broken(), OneRevision: oneRevision})
+	err = leases.Check(j.leaseLog.Ops(), leases.Config{Bound: leaseBound, Broken: j.leaseLog.Broken(), Shards: shards})
 	if err != nil {
 		t.Error(err)
 	}
@@ -177,22 +177,23 @@ func (j *judges) judge(t *testing.T, ops []linearizability.Op, oneRevision bool)
 // Leases that live for less than the faults last: the leader is stopped, cut off or killed for longer than they live.
 // Those that are renewed through the other nodes stay, and the others end.
 func TestLeasesUnderFaults(t *testing.T) {
-	testLeasesUnderFaults(t, cluster.Config{Nodes: 3, Args: quick}, true)
+	testLeasesUnderFaults(t, cluster.Config{Nodes: 3, Args: quick}, 0)
 }
 func TestShardedLeasesUnderFaults(t *testing.T) {
-	testLeasesUnderFaults(t, sharded(3, 8, 2, quick...), false)
+	const shards = 8
+	testLeasesUnderFaults(t, sharded(3, shards, 2, quick...), shards)
 }
 
-func testLeasesUnderFaults(t *testing.T, cfg cluster.Config, oneRevision bool) {
+func testLeasesUnderFaults(t *testing.T, cfg cluster.Config, shards int) {
 	t.Parallel()
 	seed := seed(t)
 	cfg.Links = true
 	c := cluster.Run(t, cfg)
 	var history linearizability.History
 	keys := []string{"lin/{1}a", "lin/{2}b", "lin/{3}c"}
-	traffic := linearizability.Traffic{Keys: keys, Seed: seed, Think: 100 * time.Millisecond, Timeout: 3 * time.Second, Sharded: !oneRevision}
+	traffic := linearizability.Traffic{Keys: keys, Seed: seed, Think: 100 * time.Millisecond, Timeout: 3 * time.Second, Sharded: shards > 0}
 	if traffic.Sharded {
-		traffic.Keys = taggedKeys(8, 3)
+		traffic.Keys = taggedKeys(shards, 3)
 	}
 	for _, name := range c.Names() {
 		traffic.Services = append(traffic.Services, newService(t, c, name))
@@ -219,5 +220,5 @@ func testLeasesUnderFaults(t *testing.T, cfg cluster.Config, oneRevision bool) {
 	}
 	cancel()
 	<-done
-	j.judge(t, history.Ops(), oneRevision)
+	j.judge(t, history.Ops(), shards)
 }

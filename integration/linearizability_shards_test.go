@@ -34,6 +34,7 @@ func taggedKeys(shards, tags int) (keys []string) {
 // campaign is concurrent clients on a few keys in several shards of a cluster.
 type campaign struct {
 	c       *cluster.Cluster
+	shards  int
 	traffic linearizability.Traffic
 	history linearizability.History
 	moving  bool    // shards move under faults: some may stand still meanwhile
@@ -46,7 +47,7 @@ type campaign struct {
 // begin starts clients, some for each node.
 func begin(t *testing.T, c *cluster.Cluster, seed uint64, shards int, names ...string) *campaign {
 	t.Helper()
-	g := &campaign{c: c, traffic: linearizability.Traffic{Keys: taggedKeys(shards, min(4, shards)), Seed: seed,
+	g := &campaign{c: c, shards: shards, traffic: linearizability.Traffic{Keys: taggedKeys(shards, min(4, shards)), Seed: seed,
 		Think: 15 * time.Millisecond, Timeout: 3 * time.Second, Sharded: true}}
 	g.ctx, g.cancel = context.WithCancel(t.Context())
 	t.Cleanup(g.stop)
@@ -87,7 +88,7 @@ func (g *campaign) end(t *testing.T, windows ...linearizability.Window) {
 		t.Error(err)
 	}
 	if g.judges != nil {
-		g.judges.judge(t, ops, false)
+		g.judges.judge(t, ops, g.shards)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"kvd/integration/linearizability"
+	"kvd/ring"
 )
 
 // Config says what to expect.
@@ -15,8 +16,9 @@ type Config struct {
 	// Bound is how long after its end a lease's keys may still be there while nothing is broken. 0 = 5 s.
 	Bound  time.Duration
 	Broken []Span
-	// OneRevision says that all keys of a lease are deleted at one revision.
-	OneRevision bool
+	// Shards that keys and leases are spread over: each deletes its keys of a lease in one revision, and then refuses puts
+	// with it. 0 = one store has all of them.
+	Shards int
 }
 
 // Check returns nil if no lease and nothing attached to one was gone before the time to live that the last acknowledged
@@ -101,19 +103,39 @@ func (l *lease) revokedBefore(t time.Duration) bool {
 	return slices.ContainsFunc(l.ops, func(op Op) bool { return op.Kind == Revoke && op.Sent <= t })
 }
 
-// back: what has ended does not come back.
-func (l *lease) back(Config) error {
+// back: what has ended does not come back. Shards learn of the end one after the other, the lease's home first.
+func (l *lease) back(cfg Config) error {
 	for _, end := range l.ops {
 		if !l.ended(end) {
 			continue
 		}
 		for _, op := range l.ops {
-			if op.lives() && op.Sent > end.Answered {
+			knows := cfg.place(op) == cfg.place(end) || cfg.place(op) == cfg.home(op.Lease)
+			if op.lives() && knows && op.Sent > end.Answered {
 				return fmt.Errorf("alive after it had ended:\n  %v\n  %v", end, op)
 			}
 		}
 	}
 	return nil
+}
+
+// home is the shard that a lease belongs to.
+func (c *Config) home(id int64) int {
+	if c.Shards == 0 {
+		return 0
+	}
+	return ring.ShardOfLease(id, c.Shards)
+}
+
+// place is the shard that has carried an operation out.
+func (c *Config) place(op Op) int {
+	switch {
+	case c.Shards == 0:
+		return 0
+	case op.Kind == Grant || op.Kind == Renew || op.Kind == Revoke || op.Kind == Left:
+		return c.home(op.Lease)
+	}
+	return ring.ShardOf([]byte(op.Key), c.Shards)
 }
 
 // revoked: an acknowledged revocation leaves no key and no lease.
@@ -175,7 +197,7 @@ func (l *lease) late(cfg Config) error {
 func (l *lease) together(cfg Config) error {
 	var first Op
 	for _, op := range l.ops {
-		if op.Kind != Gone || !cfg.OneRevision {
+		if op.Kind != Gone || cfg.Shards > 0 {
 			continue
 		}
 		if first.Revision > 0 && op.Revision != first.Revision {

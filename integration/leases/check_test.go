@@ -3,6 +3,7 @@ package leases
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -17,6 +18,7 @@ import (
 
 	"kvd/integration/linearizability"
 	"kvd/integration/watches"
+	"kvd/ring"
 )
 
 // fault is something a store does wrong with leases.
@@ -231,7 +233,7 @@ func hold(t *testing.T, seed uint64, f fault) (s Summary, verdict error) {
 		group.Wait()
 		log.Tell(store.deletions)
 		s = Summarize(log.Ops())
-		verdict = errors.Join(left, Check(log.Ops(), Config{Bound: 2 * time.Second, OneRevision: true}))
+		verdict = errors.Join(left, Check(log.Ops(), Config{Bound: 2 * time.Second}))
 	})
 	return s, verdict
 }
@@ -274,6 +276,53 @@ func TestOutlivingIsFineWhileSomethingIsBroken(t *testing.T) {
 	}{{nil, true}, {[]Span{{0, 12 * second}}, true}, {[]Span{{0, 14 * second}}, false}, {[]Span{{19 * second, 30 * second}}, false}} {
 		if err := Check(slices.Clone(ops), Config{Broken: c.broken}); (err != nil) != c.late {
 			t.Errorf("broken %v: %v", c.broken, err)
+		}
+	}
+}
+
+// Shards learn of the end of a lease one after the other: until then they take puts with it, and not afterwards.
+func TestShardsLearnOfAnEndOneAfterTheOther(t *testing.T) {
+	const shards, id = 8, 1
+	home := ring.ShardOfLease(id, shards)
+	var here, there, elsewhere string // keys of the home and of two other shards
+	for i := 0; here == "" || there == "" || elsewhere == ""; i++ {
+		key := fmt.Sprint("k", i)
+		switch shard := ring.ShardOf([]byte(key), shards); {
+		case shard == home:
+			here = key
+		case there == "" || ring.ShardOf([]byte(there), shards) == shard:
+			there = key
+		default:
+			elsewhere = key
+		}
+	}
+	at := func(second int, kind Kind, key string, outcome Outcome) Op {
+		when := time.Duration(second) * time.Second
+		op := Op{Kind: kind, Lease: id, Key: key, Outcome: outcome, Sent: when, Answered: when + time.Millisecond}
+		if kind == Grant || kind == Renew && outcome == Done {
+			op.TTL = time.Second
+		}
+		return op
+	}
+	homeEnded, thereEnded := at(5, Renew, "", Missing), at(5, Gone, there, Done)
+	for _, c := range []struct {
+		end, op Op
+		isWrong bool
+	}{
+		{homeEnded, at(6, Attach, there, Done), false},
+		{homeEnded, at(6, Attach, here, Done), true},
+		{homeEnded, at(6, Renew, "", Done), true},
+		{thereEnded, at(6, Attach, elsewhere, Done), false},
+		{thereEnded, at(6, Attach, there, Done), true},
+		{thereEnded, at(6, Attach, here, Done), true},
+		{thereEnded, at(6, Renew, "", Done), true},
+	} {
+		ops := []Op{at(1, Grant, "", Done), c.end, c.op}
+		if err := Check(ops, Config{Shards: shards}); (err != nil) != c.isWrong {
+			t.Errorf("%v, then %v: %v", c.end, c.op, err)
+		}
+		if err := Check(ops, Config{}); err == nil {
+			t.Errorf("in one store: %v, then %v", c.end, c.op)
 		}
 	}
 }

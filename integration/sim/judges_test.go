@@ -24,7 +24,7 @@ type judges struct {
 	leases      leases.Traffic
 	leaseLog    *leases.Log
 	stopWatches context.CancelFunc
-	oneRevision bool
+	shards      int
 }
 
 // patience is how long whole nodes may take, in virtual time, to end leases and to tell watches of everything.
@@ -32,7 +32,7 @@ const patience = 2 * time.Minute
 
 // summon starts clients with watches. Those with leases are started by the caller, who starts writers of keys, too.
 func (w *world) summon(seed uint64, keys []string, history *linearizability.History) *judges {
-	j := &judges{leaseLog: leases.NewLog(), history: history, oneRevision: w.shards == 0}
+	j := &judges{leaseLog: leases.NewLog(), history: history, shards: w.shards}
 	j.watches = &watches.Traffic{Keys: append(slices.Clone(keys), leases.Prefix), Seed: seed, Life: 15 * time.Second, History: history,
 		Log: &j.watchLog, Newest: history.Newest}
 	j.leases = leases.Traffic{Clients: 5, Seed: seed, TTL: 2, Timeout: 5 * time.Second, Log: j.leaseLog}
@@ -85,5 +85,5 @@ func (j *judges) judge(r *report, ops []linearizability.Op) error {
 	j.leaseLog.Tell(j.watchLog.Deletions())
 	r.watched, r.held = watches.Summarize(seen), leases.Summarize(j.leaseLog.Ops())
 	return errors.Join(watches.Check(seen, j.reader.Ledger(), ops, j.watchLog.Compactions()),
-		leases.Check(j.leaseLog.Ops(), leases.Config{Broken: j.leaseLog.Broken(), OneRevision: j.oneRevision}))
+		leases.Check(j.leaseLog.Ops(), leases.Config{Broken: j.leaseLog.Broken(), Shards: j.shards}))
 }
