@@ -73,6 +73,16 @@ func (w *watchStream) compacted(one *watched, revision int64) error {
 	return w.say(&pb.WatchResponse{Header: w.headerAt(0), WatchId: one.id, Canceled: true, CompactRevision: revision}, 0)
 }
 
+// canceled ends a watch because the client wants it, unless it has been told that already.
+func (w *watchStream) canceled(one *watched, revision int64) error {
+	if one.toldOfCancel {
+		return nil
+	}
+	one.toldOfCancel = true
+	delete(w.open, one.number)
+	return w.say(&pb.WatchResponse{Header: w.headerAt(revision), WatchId: one.id, Canceled: true}, 0)
+}
+
 // changed passes on what has been delivered.
 func (w *watchStream) changed(ctx context.Context, d watchDelivery) error {
 	one := w.open[d.id]

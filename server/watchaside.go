@@ -127,10 +127,15 @@ func (w *watchStream) sendAside(ctx context.Context, one *watched, a *aside) err
 		send = w.sendFragments
 	}
 	sent, err := send(ctx, one, a)
-	if a.compacted = compactedBy(err); a.compacted > 0 {
-		return nil
-	}
-	if err != nil {
+	a.compacted = compactedBy(err)
+	// A watch that ends after a fragment is told so at once: until then, etcd's
+	// client drops what it is told of other watches.
+	switch {
+	case a.compacted > 0:
+		return w.compacted(one, a.compacted)
+	case err != nil && sent > 0 && ctx.Err() != nil: // it has been cancelled
+		return w.canceled(one, w.said)
+	case err != nil:
 		return streamEnd(err)
 	}
 	if sent > 0 {
@@ -156,18 +161,19 @@ func (w *watchStream) firstHold() int64 {
 }
 
 // sendFragments holds no more than one part of a transaction at a time. Nothing
-// else may come between: clients would forget what they have of it.
+// else may come between: clients would forget it, or what they have of the
+// transaction. With an error, sent is what the client has got.
 func (w *watchStream) sendFragments(ctx context.Context, one *watched, a *aside) (sent int, err error) {
 	r := w.service.router
 	for from, more := uint32(0), true; more; more = from > 0 {
 		h, err := r.asides.acquire(ctx, w.firstHold())
 		if err != nil {
-			return 0, err
+			return sent, err
 		}
 		events, next, err := a.read(ctx, from, asideBytes)
 		if err != nil {
 			h.release()
-			return 0, err
+			return sent, err
 		}
 		from, events = next, one.wanted(events)
 		if sent += len(events); sent == 0 || len(events) == 0 && next > 0 {
@@ -177,10 +183,10 @@ func (w *watchStream) sendFragments(ctx context.Context, one *watched, a *aside)
 		e := newEncodedAnswer(h)
 		if err := e.add(&pb.WatchResponse{Header: w.headerOf(a.revision), WatchId: one.id, Events: events, Fragment: next > 0}); err != nil {
 			h.release()
-			return 0, err
+			return sent, err
 		}
 		if err := w.sayEncoded(e); err != nil {
-			return 0, err
+			return sent, err
 		}
 	}
 	return sent, nil

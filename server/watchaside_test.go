@@ -112,14 +112,36 @@ func TestAsideTransactions(t *testing.T) {
 }
 
 // What cannot be read any more ends its watch, also after the first fragments; a watch that is cancelled is not read on.
+// After a fragment the client is told of nothing else before the end: it would drop that.
 func TestAsideTransactionsThatEnd(t *testing.T) {
 	n := startFakeWatches(t, nil, nil)
 	h := n.holding()
 	c, f := n.open(t)
-	for i, fragment := range []bool{true, false} {
+	create := func(fragment bool) (id, number int64) {
 		c.create(&pb.WatchCreateRequest{Key: []byte("k"), Fragment: fragment})
-		c.next()
-		a := asideOf(11, 1, eventsOf(11, 3, 10))
+		id = c.next().WatchId
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return id, f.ids[len(f.ids)-1]
+	}
+	other, otherNumber := create(false)
+	give := func(revision int64) { f.give(t, otherNumber, putEvent("k", "v", revision)) }
+	want := func(revision int64) {
+		t.Helper()
+		c.want(revision, &pb.WatchResponse{WatchId: other, Events: []*mvccpb.Event{putEvent("k", "v", revision)}})
+	}
+	for i, fragment := range []bool{true, false} {
+		at := int64(20 + 10*i)
+		wantFragments := func(n int) {
+			t.Helper()
+			for range n {
+				if fragment && !c.next().Fragment {
+					t.Error("the last fragment of what was not read")
+				}
+			}
+		}
+		id, number := create(fragment)
+		a := asideOf(at, 1, eventsOf(at, 3, 10))
 		read := a.read
 		a.read = func(ctx context.Context, from uint32, maxBytes int) ([]*mvccpb.Event, uint32, error) {
 			if from == 2 {
@@ -127,29 +149,37 @@ func TestAsideTransactionsThatEnd(t *testing.T) {
 			}
 			return read(ctx, from, maxBytes)
 		}
-		if err := f.deliver(watchDelivery{id: f.number(i), aside: a}); err != nil || a.compacted != 15 {
+		if err := f.deliver(watchDelivery{id: number, aside: a}); err != nil || a.compacted != 15 {
 			t.Fatal(err, a.compacted)
 		}
-		for range 2 {
-			if fragment && !c.next().Fragment {
-				t.Error("the last fragment of what was not read")
-			}
+		give(at + 1)
+		wantFragments(2)
+		c.want(0, &pb.WatchResponse{WatchId: id, Canceled: true, CompactRevision: 15})
+		want(at + 1)
+		if err := f.deliver(watchDelivery{id: number, compacted: 15}); err != nil {
+			t.Fatal(err)
 		}
+
+		id, number = create(fragment)
 		reading, ctx := make(chan struct{}), t.Context()
-		b := asideOf(12, 1, nil)
+		b := asideOf(at+2, 1, eventsOf(at+2, 3, 10))
 		var interrupt context.CancelFunc
 		b.within = func(ctx context.Context) (context.Context, context.CancelFunc) {
 			ctx, interrupt = context.WithCancel(ctx)
 			return ctx, interrupt
 		}
-		b.read = func(within context.Context, _ uint32, _ int) ([]*mvccpb.Event, uint32, error) {
+		readFirst := b.read
+		b.read = func(within context.Context, from uint32, maxBytes int) ([]*mvccpb.Event, uint32, error) {
+			if from == 0 {
+				return readFirst(within, from, maxBytes)
+			}
 			close(reading)
 			<-within.Done()
 			return nil, 0, within.Err()
 		}
 		var delivering sync.WaitGroup
 		delivering.Go(func() {
-			if err := f.deliver(watchDelivery{id: f.number(i), aside: b}); err != nil {
+			if err := f.deliver(watchDelivery{id: number, aside: b}); err != nil {
 				t.Error(err)
 			}
 		})
@@ -160,8 +190,18 @@ func TestAsideTransactionsThatEnd(t *testing.T) {
 		}
 		interrupt()
 		delivering.Wait()
-		f.give(t, f.number(i), putEvent("k", "v", 13))
-		c.want(13, &pb.WatchResponse{WatchId: int64(i), Events: []*mvccpb.Event{putEvent("k", "v", 13)}})
+		give(at + 3)
+		wantFragments(1)
+		if fragment {
+			c.want(at+2, &pb.WatchResponse{WatchId: id, Canceled: true})
+		}
+		want(at + 3)
+		c.cancel(id)
+		if !fragment {
+			c.want(at+3, &pb.WatchResponse{WatchId: id, Canceled: true})
+		}
+		c.create(&pb.WatchCreateRequest{Key: []byte("k"), WatchId: id})
+		c.want(10, &pb.WatchResponse{WatchId: id, Created: true})
 	}
 	h.returned()
 }

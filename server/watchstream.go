@@ -61,6 +61,7 @@ type watched struct {
 	announced     chan struct{} // closed when the client has been told that it exists
 	told          int64         // of the sender: the client knows everything up to here
 	toldOfChanges bool          // of the sender: since it was last due to be told how far the watch is
+	toldOfCancel  bool          // of the sender
 }
 
 const (
@@ -290,10 +291,7 @@ func (w *watchStream) cancel(ctx context.Context, id int64) error {
 	delete(w.byID, id)
 	w.forget(one)
 	revision := w.service.newest(ctx, w.known)
-	return w.hand(ctx, func() error {
-		delete(w.open, one.number)
-		return w.say(&pb.WatchResponse{Header: w.headerAt(max(revision, w.said)), WatchId: id, Canceled: true}, 0)
-	})
+	return w.hand(ctx, func() error { return w.canceled(one, max(revision, w.said)) })
 }
 
 // deliver is the follower's. A watch's events wait until the client knows it.
