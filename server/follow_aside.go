@@ -218,8 +218,8 @@ func (r *router) handleWatchRead(ctx context.Context, _ string, payload []byte) 
 	defer cancel()
 	meter := r.answers.meter()
 	defer meter.release()
-	if err := meter.Take(p.MaxBytes); err != nil {
-		return r.declineRead(group, replica, err), nil
+	if meter.Take(p.MaxBytes) != nil {
+		return answer(codeOverloaded), nil // not a refusal: who asks tries again
 	}
 	events, next, err := readTransactionHere(ctx, replica, p)
 	message := &pb.WatchResponse{Events: events}

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"runtime"
@@ -204,6 +205,32 @@ func TestAsideTransactionsThatEnd(t *testing.T) {
 		c.want(10, &pb.WatchResponse{WatchId: id, Created: true})
 	}
 	h.returned()
+}
+
+// A node that has no room for answers is asked again.
+func TestReadTransactionWhereThereIsNoRoom(t *testing.T) {
+	n := startNode(t, func(c *Config) { c.MaxAnswerBytes = 1 })
+	put, err := n.KV().Put(t.Context(), &pb.PutRequest{Key: []byte("k"), Value: []byte("v")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	request := func(maxBytes uint32) []byte {
+		payload := []byte{protocolVersion}
+		payload = binary.BigEndian.AppendUint64(payload, userGroup)
+		payload = binary.BigEndian.AppendUint32(payload, 10000)
+		payload = binary.BigEndian.AppendUint32(payload, 0)
+		payload = binary.BigEndian.AppendUint32(payload, maxBytes)
+		w := asked{key: []byte("k"), from: put.Header.Revision}
+		return w.encode(payload)
+	}
+	for maxBytes, want := range map[uint32]code{asideBytes: codeOverloaded, 1: codeOK} {
+		if reply, err := n.router.handleWatchRead(t.Context(), "", request(maxBytes)); err != nil || code(reply[1]) != want {
+			t.Errorf("%d bytes: %v, %v", maxBytes, reply, err)
+		}
+	}
+	if isRefusal(codeOverloaded.err()) {
+		t.Error("it is not tried again")
+	}
 }
 
 // Whoever does not find room for more gives back what he has; what needs more than there is goes alone.
