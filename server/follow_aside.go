@@ -25,6 +25,10 @@ type aside struct {
 	// ends, but for a fsm.CompactedError.
 	read func(ctx context.Context, from uint32, maxBytes int) (events []*mvccpb.Event, next uint32, err error)
 
+	// deliver's: how often reading has taken too long, and where the last time
+	unread     int
+	unreadFrom uint32
+
 	compacted int64 // set by deliver: the transaction could not be read, because of that compaction
 }
 

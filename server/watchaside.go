@@ -49,6 +49,8 @@ const (
 	leastBuffer  = 4 << 10 // gRPC does not tell of the end of less
 )
 
+var errUnread = errors.New("server: the transaction has not been read in time")
+
 var errTransaction = kvdError(codes.ResourceExhausted, ReasonBusy, "a transaction has more events for the watch than fit into an answer of 2 GiB: ask for fragments")
 
 func (q *asides) init(c *Config) {
@@ -164,15 +166,9 @@ func (w *watchStream) firstHold() int64 {
 // else may come between: clients would forget it, or what they have of the
 // transaction. With an error, sent is what the client has got.
 func (w *watchStream) sendFragments(ctx context.Context, one *watched, a *aside) (sent int, err error) {
-	r := w.service.router
 	for from, more := uint32(0), true; more; more = from > 0 {
-		h, err := r.asides.acquire(ctx, w.firstHold())
+		h, events, next, err := w.readFragment(ctx, a, from)
 		if err != nil {
-			return sent, err
-		}
-		events, next, err := a.read(ctx, from, asideBytes)
-		if err != nil {
-			h.release()
 			return sent, err
 		}
 		from, events = next, one.wanted(events)
@@ -192,6 +188,44 @@ func (w *watchStream) sendFragments(ctx context.Context, one *watched, a *aside)
 	return sent, nil
 }
 
+// readFragment reads one part, and holds what it takes.
+func (w *watchStream) readFragment(ctx context.Context, a *aside, from uint32) (h *held, events []*mvccpb.Event, next uint32, err error) {
+	for {
+		if h, err = w.service.router.asides.acquire(ctx, w.firstHold()); err != nil {
+			return nil, nil, 0, err
+		}
+		if events, next, err = h.read(ctx, a, from); err == nil {
+			return h, events, next, nil
+		}
+		h.release()
+		if !errors.Is(err, errUnread) {
+			return nil, nil, 0, err
+		}
+		if err := a.await(ctx); err != nil {
+			return nil, nil, 0, err
+		}
+	}
+}
+
+// read reads for a while, longer each time: if nobody has the transaction who can
+// be reached, others must not wait for what is held here. Then it says errUnread.
+func (h *held) read(ctx context.Context, a *aside, from uint32) (events []*mvccpb.Event, next uint32, err error) {
+	soon, cancel := context.WithTimeout(ctx, max(h.of.patience, time.Millisecond)<<min(a.unread, 10))
+	defer cancel()
+	events, next, err = a.read(soon, from, asideBytes)
+	if err != nil && compactedBy(err) == 0 && soon.Err() != nil && ctx.Err() == nil {
+		a.unread, a.unreadFrom = a.unread+1, from
+		err = errUnread
+	}
+	return events, next, err
+}
+
+// await waits until what errUnread was said of can be read.
+func (a *aside) await(ctx context.Context) error {
+	_, _, err := a.read(ctx, a.unreadFrom, 1)
+	return err
+}
+
 // sendWhole makes one answer of a transaction. It is encoded at once, because
 // events take many times as much.
 func (w *watchStream) sendWhole(ctx context.Context, one *watched, a *aside) (sent int, err error) {
@@ -209,6 +243,9 @@ func (w *watchStream) sendWhole(ctx context.Context, one *watched, a *aside) (se
 			return sent, w.sayEncoded(e)
 		}
 		h.release()
+		if errors.Is(err, errUnread) {
+			err, fits = a.await(ctx), false
+		}
 		if err != nil || fits {
 			return 0, err
 		}
@@ -223,7 +260,7 @@ func (w *watchStream) encodeWhole(ctx context.Context, one *watched, a *aside, e
 	}
 	for from, more := uint32(0), true; more; more = from > 0 {
 		var events []*mvccpb.Event
-		if events, from, err = a.read(ctx, from, asideBytes); err != nil {
+		if events, from, err = e.held.read(ctx, a, from); err != nil {
 			return 0, false, err
 		}
 		before := e.bytes

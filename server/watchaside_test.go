@@ -207,6 +207,61 @@ func TestAsideTransactionsThatEnd(t *testing.T) {
 	h.returned()
 }
 
+// What nobody can be reached for is waited for, but keeps no room from others.
+func TestAsideTransactionsThatNobodyHas(t *testing.T) {
+	for _, fragment := range []bool{true, false} {
+		n := startFakeWatches(t, func(c *Config) { c.MaxWatchBytes = 1 << 20 }, nil) // enough for one at a time
+		n.router.asides.patience = time.Millisecond
+		h := n.holding()
+		events := eventsOf(11, 3, 10)
+		began, back := make(chan struct{}), make(chan struct{})
+		deliver := func(lost bool) (*watchClient, *sync.WaitGroup) {
+			c, f := n.open(t)
+			c.create(&pb.WatchCreateRequest{Key: []byte("k"), Fragment: fragment})
+			c.want(10, &pb.WatchResponse{Created: true})
+			a := asideOf(11, 1, events)
+			if read, once := a.read, new(sync.Once); lost {
+				a.read = func(ctx context.Context, from uint32, maxBytes int) ([]*mvccpb.Event, uint32, error) {
+					if from == 1 {
+						once.Do(func() { close(began) })
+						select {
+						case <-back:
+						case <-ctx.Done():
+							return nil, 0, ctx.Err()
+						}
+					}
+					return read(ctx, from, maxBytes)
+				}
+			}
+			var delivering sync.WaitGroup
+			delivering.Go(func() {
+				if err := f.deliver(watchDelivery{id: f.number(0), aside: a}); err != nil {
+					t.Error(err)
+				}
+			})
+			return c, &delivering
+		}
+		all := func(c *watchClient, delivering *sync.WaitGroup) {
+			t.Helper()
+			got := &pb.WatchResponse{}
+			for more := true; more; {
+				r := c.next()
+				got.Events, more = append(got.Events, r.Events...), r.Fragment
+			}
+			delivering.Wait()
+			if !proto.Equal(got, &pb.WatchResponse{Events: events}) {
+				t.Errorf("%d events", len(got.Events))
+			}
+		}
+		lost, delivering := deliver(true)
+		<-began
+		all(deliver(false))
+		close(back)
+		all(lost, delivering)
+		h.returned()
+	}
+}
+
 // A node that has no room for answers is asked again.
 func TestReadTransactionWhereThereIsNoRoom(t *testing.T) {
 	n := startNode(t, func(c *Config) { c.MaxAnswerBytes = 1 })
