@@ -59,10 +59,12 @@ func (q *asides) init(c *Config) {
 
 func (q *asides) acquire(ctx context.Context, bytes int64) (*held, error) {
 	h := &held{of: q, bytes: min(bytes, q.total), used: bytes}
-	q.waiting.Add(1)
-	defer q.waiting.Add(-1)
-	if err := q.free.Acquire(ctx, h.bytes); err != nil {
-		return nil, err
+	if !q.free.TryAcquire(h.bytes) {
+		q.waiting.Add(1)
+		defer q.waiting.Add(-1)
+		if err := q.free.Acquire(ctx, h.bytes); err != nil {
+			return nil, err
+		}
 	}
 	h.changed(h.bytes)
 	return h, nil
