@@ -29,15 +29,17 @@ type Cluster struct {
 	Nodes   []*Node
 	Flags   []string // of `kvd start`, the same for all nodes
 	Program string   // kvd; empty = this program
+
+	held []net.PacketConn // keeps its ports from other clusters
 }
 
 // New plans n nodes, n1 to nN, on free loopback ports, with their data and logs under dir. It starts nothing.
 func New(n int, dir string) (*Cluster, error) {
-	addresses, err := freeAddresses(3 * n)
+	addresses, held, err := freeAddresses(3 * n)
 	if err != nil {
 		return nil, err
 	}
-	c := new(Cluster)
+	c := &Cluster{held: held}
 	for i := range n {
 		name := fmt.Sprintf("n%d", i+1)
 		c.Nodes = append(c.Nodes, &Node{
@@ -49,19 +51,41 @@ func New(n int, dir string) (*Cluster, error) {
 
 // freeAddresses finds n loopback addresses that nobody listens on. They are below the range that the kernel hands out
 // for outgoing connections: nobody's connection takes the port of a node that is down for a moment. Those from 13000 on
-// are of package integration/cluster.
-func freeAddresses(n int) (addresses []string, err error) {
+// are of package integration/cluster. As long as the connections in held are open, no other cluster of this package gets
+// them, whichever process it is of.
+func freeAddresses(n int) (addresses []string, held []net.PacketConn, err error) {
 	const firstPort, ports, attempts = 10000, 3000, 100
 	for failed := 0; len(addresses) < n; {
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", firstPort+rand.IntN(ports)))
+		address := fmt.Sprintf("127.0.0.1:%d", firstPort+rand.IntN(ports))
+		hold, err := holdPort(address)
 		if err == nil {
-			defer l.Close() // held until all are found, so that they differ
-			addresses = append(addresses, l.Addr().String())
+			addresses, held = append(addresses, address), append(held, hold)
 		} else if failed++; failed == attempts {
-			return nil, fmt.Errorf("find a free port: %w", err)
+			closeAll(held)
+			return nil, nil, fmt.Errorf("find a free port: %w", err)
 		}
 	}
-	return addresses, nil
+	return addresses, held, nil
+}
+
+// holdPort takes the UDP port of an address whose TCP port is free, and stays so for who listens there.
+func holdPort(address string) (net.PacketConn, error) {
+	hold, err := net.ListenPacket("udp", address)
+	if err != nil {
+		return nil, err
+	}
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		_ = hold.Close()
+		return nil, err
+	}
+	return hold, l.Close()
+}
+
+func closeAll(held []net.PacketConn) {
+	for _, hold := range held {
+		_ = hold.Close()
+	}
 }
 
 // Peers is what all nodes get as --peers.
@@ -90,13 +114,14 @@ func (c *Cluster) Start(nodes ...*Node) error {
 	return nil
 }
 
-// Close kills the nodes that run. It may be called again.
+// Close kills the nodes that run, and gives up their ports. It may be called again.
 func (c *Cluster) Close() {
 	var all sync.WaitGroup
 	for _, n := range c.Nodes {
 		all.Go(n.Kill)
 	}
 	all.Wait()
+	closeAll(c.held)
 }
 
 // Running are the nodes that run, without those named.
@@ -195,10 +220,11 @@ func attempt(ctx context.Context, nodes []*Node, try func(context.Context) error
 	return try(ctx)
 }
 
-// AwaitServing waits until each of the nodes answers a linearizable read of key.
+// AwaitServing waits until each of the nodes answers a linearizable read of key, and none of them ends meanwhile: a new
+// cluster waits for all of its nodes.
 func (c *Cluster) AwaitServing(ctx context.Context, limit time.Duration, key string, nodes ...*Node) error {
 	for _, n := range nodes {
-		err := Until(ctx, limit, "wait for "+n.Name, []*Node{n}, func(ctx context.Context) error {
+		err := Until(ctx, limit, "wait for "+n.Name, nodes, func(ctx context.Context) error {
 			return c.With(func(client *clientv3.Client) error {
 				_, err := client.Get(ctx, key)
 				return err

@@ -16,6 +16,7 @@ func TestNew(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer c.Close()
 	var addresses []string
 	for _, n := range c.Nodes {
 		addresses = append(addresses, n.Client, n.Peer, n.HTTP)
@@ -33,6 +34,40 @@ func TestNew(t *testing.T) {
 	if got, want := c.Peers(), "n1="+c.Nodes[0].Peer+",n2="+c.Nodes[1].Peer+",n3="+c.Nodes[2].Peer; got != want {
 		t.Errorf("peers %q, want %q", got, want)
 	}
+}
+
+// Two clusters never have a port in common, though no node listens yet, until one of them is closed.
+func TestPortsAreHeld(t *testing.T) {
+	const nodes = 100 // by chance, some ports would be the same
+	taken := make(map[string]bool)
+	var clusters []*Cluster
+	for range 2 {
+		c, err := New(nodes, t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		clusters = append(clusters, c)
+		for _, n := range c.Nodes {
+			for _, address := range []string{n.Client, n.Peer, n.HTTP} {
+				if taken[address] {
+					t.Errorf("%s is in both", address)
+				}
+				taken[address] = true
+			}
+		}
+	}
+	address := clusters[0].Nodes[0].Peer
+	if hold, err := holdPort(address); err == nil {
+		t.Errorf("%s is not held", address)
+		hold.Close()
+	}
+	clusters[0].Close()
+	hold, err := holdPort(address)
+	if err != nil {
+		t.Fatalf("%s is not given up: %v", address, err)
+	}
+	hold.Close()
 }
 
 func TestChildrenAreNotConfiguredByAccident(t *testing.T) {
