@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -234,27 +235,45 @@ func (c *Cluster) Close() {
 	}
 }
 
-// FreeAddresses returns n loopback addresses that were free a moment ago. They are below the range from which the kernel
-// takes the ports of outgoing connections, so that a connection doesn't grab one before its server listens, and above those
-// of bench/local, integration and integration/e2e, which may run beside this.
+// held are the UDP ports of all addresses that were found, for as long as this process lives: whoever looks for addresses
+// takes them first, so that no other process gets the port of a server, or tries it, while that is down.
+var held struct {
+	sync.Mutex
+	ports []net.PacketConn
+}
+
+// FreeAddresses returns n loopback addresses where nobody listens, and which nobody else gets from here. They are below the
+// range from which the kernel takes the ports of outgoing connections, so that a connection doesn't grab one before its
+// server listens, and above those of bench/local, integration and integration/e2e, which may run beside this.
 func FreeAddresses(n int) ([]string, error) {
 	const low, high, attempts = 25000, 32000, 1000
 	var found []string
-	var listeners []net.Listener
-	defer func() {
-		for _, l := range listeners {
-			l.Close()
-		}
-	}()
 	for range attempts {
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", low+rand.IntN(high-low)))
-		if err != nil {
+		address := fmt.Sprintf("127.0.0.1:%d", low+rand.IntN(high-low))
+		if !hold(address) {
 			continue
 		}
-		listeners = append(listeners, l) // held until all are found: no address twice
-		if found = append(found, l.Addr().String()); len(found) == n {
+		if found = append(found, address); len(found) == n {
 			return found, nil
 		}
 	}
 	return nil, fmt.Errorf("found only %d of %d free ports", len(found), n)
+}
+
+// hold reports whether an address was free, and is this process's now.
+func hold(address string) bool {
+	port, err := net.ListenPacket("udp", address)
+	if err != nil {
+		return false
+	}
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		port.Close()
+		return false
+	}
+	l.Close()
+	held.Lock()
+	defer held.Unlock()
+	held.ports = append(held.ports, port)
+	return true
 }

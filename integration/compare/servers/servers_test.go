@@ -154,6 +154,25 @@ func TestNodesThatEndAreStartedAgain(t *testing.T) {
 	}
 }
 
+// TestAddressesAreHeld: an address is not found again, by whatever process, though nobody listens there.
+func TestAddressesAreHeld(t *testing.T) {
+	addresses, err := FreeAddresses(9)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, address := range addresses {
+		if hold(address) {
+			t.Errorf("%s is found again", address)
+		}
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			t.Errorf("a server cannot have it: %v", err)
+			continue
+		}
+		l.Close()
+	}
+}
+
 // TestTakenPortsAreNoFailure lets another server have the port of a node, at first.
 func TestTakenPortsAreNoFailure(t *testing.T) {
 	binary, err := Build(t.Context(), Floor, t.TempDir())
